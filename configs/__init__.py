@@ -1,0 +1,1 @@
+"""Presets and recipes as YAML, read through `spikescale.config`."""

@@ -1,0 +1,79 @@
+"""Packaging of spikescale.
+
+`kernels/`, `data_pipeline/` and `configs/` sit at the top of the repository and are imported as
+`spikescale.kernels`, `spikescale.data_pipeline` and `spikescale.configs`, so that no generic name
+lands in site-packages. The ranges below are the ones the test suite was run with.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def mapped_packages() -> tuple[list[str], dict[str, str]]:
+    """Every package to install, and the folder that each import name comes from."""
+    folders = {
+        "spikescale": "spikescale",
+        "spikescale.kernels": "kernels",
+        "spikescale.data_pipeline": "data_pipeline",
+    }
+    names: list[str] = []
+    for name, folder in folders.items():
+        names.append(name)
+        names += [f"{name}.{sub}" for sub in find_packages(str(ROOT / folder))]
+    folders["spikescale.configs"] = "configs"
+    names.append("spikescale.configs")
+    return names, folders
+
+
+packages, package_dir = mapped_packages()
+
+setup(
+    name="spikescale",
+    version="0.1.0",
+    description="Distributed pretraining of spiking language models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={
+        "spikescale.configs": ["*/*.yaml"],
+        "spikescale.kernels": ["*/*.cpp", "*/*.h", "*/README.md"],
+        "spikescale.data_pipeline": ["*/*.yaml"],
+    },
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "megatron-core>=0.16.1,<0.17",
+        "ray>=2.60,<2.61",
+        "datasets>=5.2,<6",
+        "mlflow>=3.17,<3.18",
+        "sentencepiece>=0.2.1,<0.3",
+        "tokenizers>=0.23,<0.24",
+        "fastokens>=0.3.5,<0.4",
+        "omegaconf>=2.4,<2.5",
+        "pydantic>=2.14,<3",
+        "safetensors>=0.8,<0.9",
+        "rich>=15,<16",
+        "matplotlib>=3.10,<4",
+        "numpy>=2.2,<3",
+        "zstandard>=0.25,<0.26",
+        "ninja>=1.13,<2",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"],
+        "dev": [
+            "pytest>=9.2,<10",
+            "pytest-timeout>=2.4,<3",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.17.6,<0.18",
+            "mypy>=2.4,<3",
+            "transformers>=5.23,<6",
+        ],
+    },
+    entry_points={"console_scripts": ["spikescale=spikescale.cli.main:entry"]},
+)

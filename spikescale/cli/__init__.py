@@ -1,0 +1,1 @@
+"""The `spikescale` command: one module per sub-command, imported only when it is the one called."""

@@ -1,0 +1,24 @@
+"""One typed tree of settings: `load_config` reads it, everything else receives a part of it."""
+
+from spikescale.config.load import load_config, load_model_preset
+from spikescale.config.schema import (
+    DataConfig,
+    MlflowConfig,
+    ModelConfig,
+    NeuronConfig,
+    RunConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "MlflowConfig",
+    "ModelConfig",
+    "NeuronConfig",
+    "RunConfig",
+    "TrainConfig",
+    "ZeroConfig",
+    "load_config",
+    "load_model_preset",
+]

@@ -1,0 +1,149 @@
+"""The settings of a run as one tree of pydantic models.
+
+Unknown keys, wrong types and values out of range are refused here, once, so that no other module
+checks its settings. Units: lengths in tokens, batch sizes in sequences, times in optimizer steps
+unless a name says otherwise.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Variant = Literal["rwkv", "heaviside-rwkv", "spikegpt-b", "spikegpt", "spikegpt-driven"]
+
+
+class Strict(BaseModel):
+    """A group of settings: no unknown keys, no silent conversion, unchanging once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class NeuronConfig(Strict):
+    """Leaky integrate-and-fire neuron along the token axis (SpikeGPT, Sec. 3.2)."""
+
+    tau: Annotated[float, Field(ge=1)] = 2.0
+    v_threshold: Annotated[float, Field(gt=0)] = 1.0
+    v_reset: float = 0.0
+    soft_reset: bool = False
+    detach_reset: bool = False
+    surrogate_alpha: Annotated[float, Field(gt=0)] = 2.0
+
+
+class ModelConfig(Strict):
+    """Shape and kind of a SpikeGPT model."""
+
+    preset: str | None = None
+    variant: Variant = "spikegpt"
+    layers: Positive = 4
+    width: Positive = 128
+    vocab_size: Annotated[int, Field(ge=2)] | None = None  # None: the tokenizer's
+    context_length: Positive = 256
+    binary_embedding: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    neuron: NeuronConfig = NeuronConfig()
+    backend: Literal["auto", "reference", "cpu"] = "auto"
+
+    @model_validator(mode="after")
+    def _float_embedding_without_neurons(self) -> "ModelConfig":
+        if self.variant == "rwkv" and self.binary_embedding:
+            raise ValueError("variant rwkv has no neurons: binary_embedding must be false")
+        return self
+
+
+class DataConfig(Strict):
+    """Prepared data and the order in which it is read."""
+
+    path: Path
+    shuffle_window: Positive = 8  # shards whose samples are mixed with one another
+    seed: Count = 0
+    verify: Literal["full", "size"] = "full"  # checksum every shard at start, or compare sizes only
+
+
+class ZeroConfig(Strict):
+    """How DeepSpeed shards the training state over ranks."""
+
+    preset: str | None = None
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    reduce_bucket_size: Positive = 20_000_000  # elements
+    allgather_bucket_size: Positive = 20_000_000  # elements
+
+
+class TrainConfig(Strict):
+    """The training recipe."""
+
+    steps: Positive = 1000
+    batch_size: Positive = 16  # sequences an optimizer step, over all ranks
+    micro_batch_size: Positive | None = None  # sequences a rank and a forward pass; None: all at once
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_steps: Count = 100
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_fraction: Fraction = 0.2  # wsd: the share of the steps over which the rate decays
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
+    logit_regulariser: Annotated[float, Field(ge=0)] = 1e-4
+    precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    threads: Positive | None = None  # CPU threads a rank; None: the cores divided by the ranks
+    log_every: Positive = 10
+    evaluate_every: Count = 200  # 0: only at the end
+    evaluate_tokens: Positive = 65536  # tokens of the valid split read in each such evaluation
+    sample_every: Count = 0  # 0: only at the end
+    sample_tokens: Positive = 256
+    sample_count: Count = 3
+    sample_prompt: str = ""
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    trigram_baseline: bool = False  # fit a byte trigram model on the training text, for the final table
+    save_every: Count = 200  # 0: only at the end
+    keep_last: Positive = 2
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
+        return self
+
+
+class MlflowConfig(Strict):
+    """Where the run is tracked."""
+
+    enabled: bool = True
+    uri: str | None = None  # None: sqlite:///<output>/mlflow.db
+    experiment: str = "spikescale"
+
+
+class RunConfig(Strict):
+    """Everything one pretraining run is defined by."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    output: Path = Path("runs")  # the run's files go to <output>/<name>
+    resume: Literal["auto", "never", "must"] = "auto"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+    @model_validator(mode="after")
+    def _supported_together(self) -> "RunConfig":
+        if self.zero.stage == 3 and self.train.compile:
+            raise ValueError("train.compile does not work with zero.stage 3: use a stage up to 2")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds everything this run writes."""
+        return self.output / self.name
