@@ -1,0 +1,131 @@
+"""WKV on CPU: `cpu.cpp` bound with ctypes, registered as torch operators.
+
+`spikescale::wkv_forward` and `spikescale::wkv_backward` have fake implementations and an autograd
+formula, so `torch.compile` and activation checkpointing treat them like any torch operator.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikescale.kernels.build import load
+from spikescale.kernels.cpu import as_bytes, pointer
+
+CHUNK = 16  # tokens between two marks, as in cpu.cpp
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, built at the first call. Raises BuildError."""
+    lib = load(Path(__file__).with_name("cpu.cpp"))
+    sizes = [ctypes.c_int64] * 3
+    for suffix in ("f32", "bf16"):
+        for direction, tensors in (("forward", 9), ("backward", 14)):
+            function = getattr(lib, f"wkv_{direction}_{suffix}")
+            function.argtypes = [ctypes.c_void_p] * tensors + [*sizes, ctypes.c_int32]
+            function.restype = None
+    assert lib.wkv_chunk() == CHUNK
+    return lib
+
+
+def _call(direction: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], shape: torch.Size) -> None:
+    function = getattr(library(), f"wkv_{direction}_{'bf16' if dtype == torch.bfloat16 else 'f32'}")
+    function(*(pointer(tensor) for tensor in tensors), *shape, torch.get_num_threads())
+
+
+def _new_marks(k: Tensor, save: bool) -> Tensor:
+    batch, length, channels = k.shape
+    shape = (batch, (length + CHUNK - 1) // CHUNK, 4, channels) if save else (0,)
+    return k.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("spikescale::wkv_forward", mutates_args=(), device_types="cpu")
+def wkv_forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final state, marks).
+
+    Marks, (B, ceil(T / CHUNK), 4, C), are the running sums before every CHUNK-th token: all that backward
+    needs beside the inputs. Empty unless `save`.
+    """
+    w, u, k, v, state = (x.contiguous() for x in (w, u, k, v, state))
+    y, state_out, marks = torch.empty_like(v), torch.empty_like(state), _new_marks(k, save)
+    tensors = (w, u, k, v, state, as_bytes(reset), y, state_out, marks if save else None)
+    _call("forward", k.dtype, tensors, k.shape)
+    return y, state_out, marks
+
+
+@wkv_forward.register_fake
+def _(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(state, memory_format=torch.contiguous_format), _new_marks(k, save)
+
+
+@torch.library.custom_op("spikescale::wkv_backward", mutates_args=(), device_types="cpu")
+def wkv_backward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reset: Tensor | None,
+    marks: Tensor,
+    state_out: Tensor,
+    grad_y: Tensor,
+    grad_state_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of w, u (float32), k, v (in their dtype) and the initial state (float32; 0 for m)."""
+    w, u, k, v, grad_y = (x.contiguous() for x in (w, u, k, v, grad_y))
+    grad_state_out = None if grad_state_out is None else grad_state_out.contiguous()
+    batch, _, channels = k.shape
+    # One row a sequence, in double: the sum over batch and time does not depend on the threads.
+    grad_w = torch.empty(batch, channels, dtype=torch.float64)
+    grad_u = torch.empty_like(grad_w)
+    grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state_out)
+    inputs = (w, u, k, v, as_bytes(reset), marks, state_out, grad_y, grad_state_out)
+    _call("backward", k.dtype, (*inputs, grad_w, grad_u, grad_k, grad_v, grad_state), k.shape)
+    return grad_w.sum(0).float(), grad_u.sum(0).float(), grad_k, grad_v, grad_state
+
+
+@wkv_backward.register_fake
+def _(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reset: Tensor | None,
+    marks: Tensor,
+    state_out: Tensor,
+    grad_y: Tensor,
+    grad_state_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (w, u, k, v, state_out)]
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    w, u, k, v, _, reset, _ = inputs
+    _, state_out, marks = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(marks)
+    ctx.save_for_backward(w, u, k, v, reset, marks, state_out)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    if grad_y is None and grad_state is None:
+        return (None,) * 7
+    w, u, k, v, reset, marks, state_out = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(v)
+    grads = wkv_backward(w, u, k, v, reset, marks, state_out, grad_y, grad_state)
+    return *grads, None, None
+
+
+wkv_forward.register_autograd(_backward, setup_context=_setup_context)

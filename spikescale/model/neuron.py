@@ -1,0 +1,90 @@
+"""What can stand where a neuron stands: LIF, a bare step, or nothing.
+
+All three are called as `spikes, v = neuron(x, v, reset)` with x (B, T, C), and carry `stateful`:
+whether `v` (B, C) is a membrane to be kept between calls (None otherwise).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from spikescale.config.schema import NeuronConfig
+from spikescale.kernels.lif import lif
+from spikescale.kernels.surrogate import heaviside
+
+
+class Neuron(nn.Module):
+    """Base of the neurons that fire: records the firing rate while `monitor` is on.
+
+    `firing_rate` is the mean of the spikes of the last call, a float32 scalar on their device; NaN
+    before the first monitored call.
+    """
+
+    stateful = False
+    firing_rate: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.monitor = False
+        self.firing_rate = torch.full((), torch.nan, device="cpu")
+
+    def record(self, spikes: Tensor) -> None:
+        """Keep the firing rate of `spikes` if it is monitored."""
+        if self.monitor:
+            self.firing_rate = spikes.detach().float().mean()
+
+
+class LIF(Neuron):
+    """Leaky integrate-and-fire neurons, one per channel, along the token axis (SpikeGPT Sec. 3.2)."""
+
+    stateful = True
+
+    def __init__(self, config: NeuronConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+
+    def forward(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Spikes (B, T, C) in x's dtype and the final membrane (B, C)."""
+        config = self.config
+        spikes, v = lif(
+            x,
+            v,
+            tau=config.tau,
+            v_threshold=config.v_threshold,
+            v_reset=config.v_reset,
+            soft_reset=config.soft_reset,
+            detach_reset=config.detach_reset,
+            surrogate_alpha=config.surrogate_alpha,
+            reset=reset,
+            backend=self.backend,
+        )
+        self.record(spikes)
+        return spikes, v
+
+    def extra_repr(self) -> str:
+        """Shown in the model's printout."""
+        return f"tau={self.config.tau}, v_threshold={self.config.v_threshold}"
+
+
+class Heaviside(Neuron):
+    """Spikes where x >= 0, with the ATan surrogate gradient and no membrane."""
+
+    def __init__(self, config: NeuronConfig) -> None:
+        super().__init__()
+        self.alpha = config.surrogate_alpha
+
+    def forward(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Spikes in x's shape and dtype, and None."""
+        spikes = heaviside(x, self.alpha)
+        self.record(spikes)
+        return spikes, None
+
+
+class NoNeuron(nn.Module):
+    """Passes x through: a model without spikes."""
+
+    stateful = False
+
+    def forward(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x unchanged, and None."""
+        return x, None

@@ -1,0 +1,49 @@
+"""The recurrent state of a model: what a prefix of the text leaves behind, of constant size.
+
+One flat dictionary of tensors a block. Dictionaries and not classes, so that a state can be moved,
+saved, indexed by batch row and handed between processes with plain torch.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BlockState = dict[str, Tensor]
+State = list[BlockState]
+
+
+def fire(
+    neuron: nn.Module, key: str, x: Tensor, state: BlockState, reset: Tensor | None
+) -> tuple[Tensor, BlockState]:
+    """Call `neuron` on x with its membrane `state[key]`; its output, and the entries that replace it."""
+    out, v = neuron(x, state.get(key), reset)
+    return out, ({key: v} if neuron.stateful else {})
+
+
+def shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The previous token's x at every token, and the last token's, for the next call.
+
+    x (B, T, C), last (B, C); at the first token `last` is the previous one. Where reset (B, T) is true
+    there is no previous token: 0.
+    """
+    previous = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], dim=1)
+    if reset is not None:
+        previous = previous.masked_fill(reset.unsqueeze(-1), 0.0)
+    return previous, x[:, -1]
+
+
+def detach_state(state: State) -> State:
+    """The same state cut from the graph that computed it: for training over successive chunks."""
+    return [{key: tensor.detach() for key, tensor in block.items()} for block in state]
+
+
+def membranes(
+    neurons: Iterable[tuple[str, nn.Module, int]], batch: int, device: torch.device, dtype: torch.dtype
+) -> BlockState:
+    """Zero membranes (batch, width) for those of the (key, neuron, width) that have one."""
+    return {
+        key: torch.zeros(batch, width, device=device, dtype=dtype)
+        for key, neuron, width in neurons
+        if neuron.stateful
+    }
