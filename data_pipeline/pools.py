@@ -1,0 +1,192 @@
+"""Where tasks run: in this process, or in a pool of Ray actors."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from spikescale.errors import UserError
+
+POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """A work item, picklable."""
+
+    def run(self, report: Any) -> Any:
+        """Do it, calling `report(documents, tokens, bytes)` now and then."""
+        ...
+
+
+class Listener(Protocol):
+    """Is told how far a pool is."""
+
+    def advance(self, documents: int, tokens: int, text_bytes: int) -> None:
+        """So much more was done."""
+        ...
+
+    def task_done(self, index: int) -> None:
+        """The task with this position is finished."""
+        ...
+
+
+class Pool(Protocol):
+    """Runs tasks."""
+
+    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+        """Results in the order of the tasks. The first UserError of a task is raised here."""
+        ...
+
+
+class SerialPool:
+    """Runs tasks one after another in this process."""
+
+    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+        """See Pool."""
+        results = []
+        for index, task in enumerate(tasks):
+            results.append(task.run(listener.advance))
+            listener.task_done(index)
+        return results
+
+
+class Worker:
+    """The actor: runs one task at a time, and says meanwhile how far it is."""
+
+    def __init__(self) -> None:
+        # One core each; the tokenizers' thread pools would otherwise take all of them, every one.
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._counts = [0, 0, 0]
+
+    def execute(self, task: Task) -> tuple[bool, Any, list[int]]:
+        """Whether it went well, the result (or the line of the UserError), and the progress so far."""
+        try:
+            return True, task.run(self._count), self._counts
+        except UserError as error:
+            # As a value: Ray wraps raised exceptions in a traceback of many lines.
+            return False, str(error), self._counts
+
+    def progress(self) -> list[int]:
+        """Documents, tokens and bytes since the actor started."""
+        return self._counts
+
+    def _count(self, *amounts: int) -> None:
+        self._counts = [total + amount for total, amount in zip(self._counts, amounts, strict=True)]
+
+
+class RayPool:
+    """Runs tasks on Ray actors that are restarted, and their tasks repeated, when they die.
+
+    Args:
+        workers: how many actors, of one core each.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+        """See Pool."""
+        import ray
+
+        if not tasks:
+            return []
+        actor = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=3, max_concurrency=2)
+        workers = [actor.remote() for _ in range(min(self._workers, len(tasks)))]
+        try:
+            return self._run(tasks, workers, listener)
+        finally:
+            for worker in workers:
+                ray.kill(worker)
+
+    def _run(self, tasks: Sequence[Task], workers: list[Any], listener: Listener) -> list[Any]:
+        import ray
+
+        results: list[Any] = [None] * len(tasks)
+        seen = [[0, 0, 0] for _ in workers]
+        waiting = iter(enumerate(tasks))
+        running: dict[Any, tuple[int, int]] = {}
+        asked: dict[Any, int] = {}
+
+        def submit(position: int) -> None:
+            index, task = next(waiting, (-1, None))
+            if task is not None:
+                running[workers[position].execute.remote(task)] = (index, position)
+
+        def advance(position: int, counts: list[int]) -> None:
+            # A restarted actor counts from zero again; what it repeats is not reported twice.
+            steps = [max(0, new - old) for new, old in zip(counts, seen[position], strict=True)]
+            seen[position] = [max(new, old) for new, old in zip(counts, seen[position], strict=True)]
+            listener.advance(*steps)
+
+        for position in range(len(workers)):
+            submit(position)
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for reference in done:
+                index, position = running.pop(reference)
+                try:
+                    well, result, counts = ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    reason = " ".join(str(error).split())[:200]
+                    raise UserError(
+                        f"partition {index}: its Ray worker died again and again ({reason})"
+                    ) from None
+                if not well:
+                    raise UserError(result)
+                advance(position, counts)
+                results[index] = result
+                listener.task_done(index)
+                submit(position)
+            if not done:
+                answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
+                for reference in answered:
+                    position = asked.pop(reference)
+                    with contextlib.suppress(ray.exceptions.RayError):
+                        advance(position, ray.get(reference))
+                for position in {position for _, position in running.values()} - set(asked.values()):
+                    asked[workers[position].progress.remote()] = position
+        return results
+
+
+@contextlib.contextmanager
+def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
+    """A pool on Ray: the running one of this process if any, the cluster at `address`, or a fresh local one.
+
+    Ray is shut down at the end if it was started here. Raises UserError when it cannot be reached.
+    """
+    # These are read by Ray when it is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"Ray is not installed ({error}): install it, or use --no-ray") from None
+    started = not ray.is_initialized()
+    if started:
+        began = time.monotonic()
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        try:
+            if address is None:
+                ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=address, **quiet)
+        except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own kinds
+            where = f"the Ray cluster at {address}" if address else "a local Ray"
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot start or reach {where} ({reason}); --no-ray works without") from None
+        logger.info("Ray is up after %.1f s", time.monotonic() - began)
+    try:
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if cores < workers:
+            logger.warning(
+                "%d workers asked for, the Ray cluster has %d cores: using %d", workers, cores, max(cores, 1)
+            )
+        yield RayPool(max(1, min(workers, cores)))
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,267 @@
+"""Preparation: from a source to a folder of numbered shards, a tokenizer and a manifest.
+
+    partitions -> (first pass, where the tokenizer is made from the corpus) -> shards -> manifest
+
+The partitions, and so the shards, depend on the request alone: neither the number of workers, nor
+Ray, nor how often the job was killed and begun again, changes a byte of the result.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spikescale.data_pipeline.manifest import FILE as MANIFEST
+from spikescale.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, load_manifest, write_manifest
+from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
+from spikescale.data_pipeline.progress import Progress
+from spikescale.data_pipeline.shards import ShardInfo, dtype_for
+from spikescale.data_pipeline.sources import Partition, Source
+from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
+from spikescale.data_pipeline.tasks import HashSample, ShardTask, Survey, SurveyTask
+from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, parse_spec
+from spikescale.data_pipeline.tokenizers.base import DESCRIPTION
+from spikescale.data_pipeline.tokenizers.huggingface import Fast, HuggingFaceTokenizer
+from spikescale.errors import UserError
+from spikescale.files import read_json, sweep_temporaries, write_json
+
+REQUEST = "request.json"
+CHECK_DOCUMENTS = 64  # of the corpus, on which the fast path is compared with HF
+CHECK_CHARACTERS = 500_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How a source is prepared.
+
+    Attributes:
+        tokenizer: a specification, see `parse_spec`; eos: its end-of-document token, if unusual.
+        split: how documents are divided into train, valid and test.
+        limit_documents: read about so many, spread evenly over the partitions; None reads all.
+        tokenizer_sample_characters: training text of a SentencePiece tokenizer.
+        fast: auto, require or off: the fast path of tokenizer.json kinds.
+        workers: processes. ray: run them on Ray; ray_address: of a running cluster.
+        overwrite: replace what another request left in the folder.
+        quiet: show no progress.
+    """
+
+    tokenizer: str = "byte"
+    eos: str | None = None
+    split: SplitSettings = field(default_factory=SplitSettings)
+    limit_documents: int | None = None
+    tokenizer_sample_characters: int = 10_000_000
+    fast: Fast = "auto"
+    workers: int = 1
+    ray: bool = True
+    ray_address: str | None = None
+    overwrite: bool = False
+    quiet: bool = False
+
+
+def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest:
+    """Prepare `source` in the folder `output` and return the manifest.
+
+    Begun again after a kill, it keeps the finished shards that verify and makes the others. Raises
+    UserError for malformed input, for a folder with other content, and for a split left without
+    documents.
+    """
+    spec = parse_spec(settings.tokenizer)
+    if settings.workers < 1:
+        raise UserError(f"workers = {settings.workers}: must be at least 1")
+    if settings.limit_documents is not None and settings.limit_documents < 1:
+        raise UserError(f"limit_documents = {settings.limit_documents}: must be at least 1")
+    partitions = source.partitions()
+    request = _request(source, partitions, settings)
+    output = Path(output).absolute()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made a folder ({error.strerror})") from None
+    with _locked(output):
+        _claim(output, request, settings.overwrite)
+        limits = _limits(len(partitions), settings.limit_documents)
+        with _pool(settings, len(partitions)) as pool:
+            tokenizer = _tokenizer(output, spec, pool, partitions, limits, settings)
+            fast = _fast_path(tokenizer, partitions, settings)
+            digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+            tasks = [
+                ShardTask(
+                    folder=output,
+                    number=number,
+                    partition=partition,
+                    settings=settings.split,
+                    limit=limit,
+                    tokenizer_folder=output / TOKENIZER_FOLDER,
+                    tokenizer_sha256=tokenizer.sha256,
+                    request=digest,
+                    fast=fast,
+                )
+                for number, (partition, limit) in enumerate(zip(partitions, limits, strict=True))
+            ]
+            with _progress("preparing", partitions, settings) as progress:
+                shards = list(itertools.chain.from_iterable(pool.run(tasks, progress)))
+        _require_documents(shards, partitions, settings.split)
+        write_manifest(
+            output, tokenizer, dtype_for(tokenizer.vocab_size), shards, len(partitions), source.name
+        )
+    return load_manifest(output, verify="size")
+
+
+def _request(source: Source, partitions: Sequence[Partition], settings: PrepareSettings) -> dict[str, Any]:
+    described = json.dumps([[partition.label, partition.size_bytes] for partition in partitions])
+    tokenizer: dict[str, Any] = {"spec": settings.tokenizer, "eos": settings.eos}
+    if settings.tokenizer.startswith("sentencepiece"):
+        tokenizer["sample_characters"] = settings.tokenizer_sample_characters
+    return {
+        "version": 1,
+        "source": {"name": source.name, **source.identity()},
+        "partitions": {"count": len(partitions), "sha256": hashlib.sha256(described.encode()).hexdigest()},
+        "tokenizer": tokenizer,
+        "split": asdict(settings.split),
+        "limit_documents": settings.limit_documents,
+    }
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another `data prepare` is writing there") from None
+    finally:
+        os.close(descriptor)
+
+
+def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> None:
+    """Make sure that the folder is empty or holds this very request's work."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".tmp-")]
+    if entries:
+        path = folder / REQUEST
+        if not path.exists():
+            raise UserError(f"{folder}: is not empty and not a data folder; choose another")
+        earlier = read_json(path)
+        if earlier != request:
+            if not overwrite:
+                changed = ", ".join(sorted(key for key in request if earlier.get(key) != request[key]))
+                raise UserError(
+                    f"{folder}: holds data prepared otherwise ({changed} differ); "
+                    "choose another folder, or --overwrite"
+                )
+            _clear(folder)
+    sweep_temporaries(folder)
+    sweep_temporaries(folder / TOKENIZER_FOLDER)
+    if not (folder / REQUEST).exists():
+        write_json(folder / REQUEST, request)
+
+
+def _clear(folder: Path) -> None:
+    # The manifest first: without it nothing takes the folder for complete; the request last, so that
+    # a kill in between leaves a folder that is still known for ours.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-*"):
+            if path.suffix in (".bin", ".idx", ".json"):
+                path.unlink()
+    (folder / REQUEST).unlink(missing_ok=True)
+
+
+def _limits(count: int, total: int | None) -> list[int | None]:
+    if total is None:
+        return [None] * count
+    return [total * (number + 1) // count - total * number // count for number in range(count)]
+
+
+@contextlib.contextmanager
+def _pool(settings: PrepareSettings, tasks: int) -> Iterator[Pool]:
+    if not settings.ray:
+        yield SerialPool()
+        return
+    with ray_pool(min(settings.workers, tasks), settings.ray_address) as pool:
+        yield pool
+
+
+def _progress(title: str, partitions: Sequence[Partition], settings: PrepareSettings) -> Progress:
+    return Progress(title, [partition.size_bytes for partition in partitions], quiet=settings.quiet)
+
+
+def _tokenizer(
+    output: Path,
+    spec: Any,
+    pool: Pool,
+    partitions: Sequence[Partition],
+    limits: Sequence[int | None],
+    settings: PrepareSettings,
+) -> Tokenizer:
+    folder = output / TOKENIZER_FOLDER
+    if (folder / DESCRIPTION).exists():
+        # Of this very request, begun before: its description is written last.
+        return load_tokenizer(folder)
+    characters: set[str] = set()
+    texts: list[str] = []
+    if spec.learns_from is not None:
+        budget = settings.tokenizer_sample_characters
+        tasks = [
+            SurveyTask(partition, settings.split, limit, spec.learns_from, budget)
+            for partition, limit in zip(partitions, limits, strict=True)
+        ]
+        with _progress("reading for the tokenizer", partitions, settings) as progress:
+            surveys: list[Survey] = pool.run(tasks, progress)
+        sample = HashSample(budget)
+        for survey in surveys:
+            characters |= survey.characters
+            for key, text in survey.texts:
+                sample.add(key, text)
+        texts = [text for _, text in sample.items()]
+        if not characters and not texts:
+            raise UserError(f"tokenizer {spec.text}: the training split has no documents to learn from")
+    tokenizer = make_tokenizer(spec, characters=characters, texts=texts, eos=settings.eos)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _fast_path(tokenizer: Tokenizer, partitions: Sequence[Partition], settings: PrepareSettings) -> bool:
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or settings.fast == "off":
+        return False
+    sample: list[str] = []
+    characters = 0
+    for partition in partitions[:4]:
+        documents = placed_documents(partition, settings.split, CHECK_DOCUMENTS // 4)
+        for document in documents:
+            sample.append(document.text[: CHECK_CHARACTERS // 16])
+            characters += len(sample[-1])
+            if characters > CHECK_CHARACTERS:
+                break
+    return tokenizer.use_fast_path(settings.fast, sample)
+
+
+def _require_documents(
+    shards: Sequence[ShardInfo], partitions: Sequence[Partition], settings: SplitSettings
+) -> None:
+    total = sum(shard.documents for shard in shards)
+    if total == 0:
+        raise UserError("the source has no documents")
+    own_splits = any(partition.split for partition in partitions)
+    for split in SPLITS:
+        count = sum(shard.documents for shard in shards if shard.split == split)
+        if count == 0 and not own_splits and settings.expects(split):
+            if split == "train":
+                share = 1 - settings.valid_fraction - settings.test_fraction
+            else:
+                share = getattr(settings, f"{split}_fraction")
+            raise UserError(
+                f"split {split} would be empty: a share of {share:g} of {total} documents is due there; use "
+                "more text, --split-unit chunk, --split-on to cut files into documents, or another fraction"
+            )

@@ -1,0 +1,88 @@
+"""What every source of text offers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+TEXT_SPLITS = ("train", "valid", "test")
+
+
+class Document(NamedTuple):
+    """One text, and the place it came from (file and line or row) for messages."""
+
+    text: str
+    place: str
+
+
+class Partition(Protocol):
+    """A fixed part of a source: the unit of work, which becomes one shard a split. Picklable.
+
+    `documents()` yields the same documents in the same order whenever and wherever it is called.
+    """
+
+    @property
+    def label(self) -> str:
+        """A short name for sidecars and messages, without machine-specific folders."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Stored bytes to read, for the estimate of the time left; 0 when unknown."""
+        ...
+
+    @property
+    def split(self) -> str | None:
+        """The split that all its documents belong to, or None: decided by each document's hash."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """The documents. Raises UserError naming file and line where the input is malformed."""
+        ...
+
+
+class Source(Protocol):
+    """A named collection of text that can list its partitions."""
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the content depends on, as plain JSON: when it differs, the prepared data would differ."""
+        ...
+
+    def partitions(self) -> list[Partition]:
+        """The partitions in number order. May fetch what is missing; raises UserError when it cannot."""
+        ...
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One line of `spikescale data list`."""
+
+    name: str
+    kind: str  # built-in, hub, files or plug-in
+    summary: str
+    size: str
+    licence: str
+    needs: str  # what it takes to get it
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read into documents.
+
+    Attributes:
+        format: text, jsonl or parquet; None: by the file's suffix.
+        text_key: the key (jsonl) or column (parquet) that holds the text.
+        split_on: for text files: `file` (a file is a document), `line`, `blank-line`, or a regular
+            expression at whose matches the text is cut (a lookahead cuts without removing anything).
+        encoding: of text files and JSON lines.
+        invalid_bytes: `refuse` bytes that are not in that encoding, or `replace` them by U+FFFD.
+        partition_bytes: about how many stored bytes make a partition.
+    """
+
+    format: str | None = None
+    text_key: str = "text"
+    split_on: str = "file"
+    encoding: str = "utf-8"
+    invalid_bytes: str = "refuse"
+    partition_bytes: int = 32 << 20

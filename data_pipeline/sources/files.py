@@ -1,0 +1,169 @@
+"""Local files as a source: a file, a glob or a folder, cut into partitions of a chosen size."""
+
+import glob
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikescale.data_pipeline.sources.base import Document, Partition, ReadOptions
+from spikescale.data_pipeline.sources.readers import (
+    FORMATS,
+    format_of,
+    open_parquet,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
+from spikescale.data_pipeline.sources.streams import COMPRESSED_SUFFIXES, is_compressed
+from spikescale.errors import UserError
+from spikescale.files import sha256_text
+
+READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or the byte range (text, jsonl) or row-group range (parquet) [start, stop) of one."""
+
+    path: Path
+    name: str
+    format: str
+    size_bytes: int
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The file's relative name and the range."""
+        return self.name if self.stop is None else f"{self.name}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
+class FilePartition:
+    """Pieces of files that are read one after another."""
+
+    pieces: tuple[Piece, ...]
+    options: ReadOptions
+    split: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The first piece's label, and how many more there are."""
+        more = len(self.pieces) - 1
+        return self.pieces[0].label + (f" and {more} more" if more else "")
+
+    @property
+    def size_bytes(self) -> int:
+        """Stored bytes of all pieces."""
+        return sum(piece.size_bytes for piece in self.pieces)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents of all pieces in order."""
+        for piece in self.pieces:
+            yield from READERS[piece.format](piece.path, self.options, piece.start, piece.stop)
+
+
+class FilesSource:
+    """Files given by paths, globs and folders, read in the order of their names.
+
+    Args:
+        name: how the source is called in manifests.
+        paths: files, globs (`**` allowed) and folders (searched recursively for known suffixes).
+        options: how files become documents.
+        split: the split all of it belongs to, or None.
+        content_id: identifies the content where the files are known by a checksum; otherwise names,
+            sizes and modification times do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[str | Path],
+        options: ReadOptions,
+        split: str | None = None,
+        content_id: str | None = None,
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.split = split
+        self._content_id = content_id
+        self._files = [found for path in paths for found in expand_path(str(path), options)]
+
+    def identity(self) -> dict[str, Any]:
+        """Reading options and a digest of the files' names, sizes and times (or the given identity)."""
+        if self._content_id is None:
+            stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in self._files]
+            content = sha256_text(repr(stats))
+        else:
+            content = self._content_id
+        return {"files": len(self._files), "content": content, "split": self.split, **vars(self.options)}
+
+    def partitions(self) -> list[Partition]:
+        """Large files in ranges, small ones grouped, each about `partition_bytes` long."""
+        partitions: list[Partition] = []
+        group: list[Piece] = []
+        target = self.options.partition_bytes
+        for path, name in self._files:
+            for piece in self._pieces(path, name):
+                if group and sum(member.size_bytes for member in group) + piece.size_bytes > target:
+                    partitions.append(FilePartition(tuple(group), self.options, self.split))
+                    group = []
+                group.append(piece)
+        partitions.append(FilePartition(tuple(group), self.options, self.split))
+        return partitions
+
+    def _pieces(self, path: Path, name: str) -> list[Piece]:
+        kind = self.options.format or format_of(path)
+        if kind is None:
+            allowed = ", ".join(sorted(FORMATS))
+            raise UserError(f"{path}: cannot tell the format by its name; use --format, or one of {allowed}")
+        size = path.stat().st_size
+        count = -(-size // self.options.partition_bytes)
+        if count > 1 and not is_compressed(path):
+            if kind == "parquet":
+                return self._row_group_pieces(path, name)
+            if kind == "jsonl" or self.options.split_on == "line":
+                bounds = [size * number // count for number in range(count + 1)]
+                return [
+                    Piece(path, name, kind, high - low, low, high) for low, high in itertools.pairwise(bounds)
+                ]
+        return [Piece(path, name, kind, size)]
+
+    def _row_group_pieces(self, path: Path, name: str) -> list[Piece]:
+        metadata = open_parquet(path).metadata
+        pieces, start, size = list[Piece](), 0, 0
+        for group in range(metadata.num_row_groups):
+            columns = metadata.row_group(group)
+            size += sum(columns.column(index).total_compressed_size for index in range(metadata.num_columns))
+            if size >= self.options.partition_bytes or group == metadata.num_row_groups - 1:
+                pieces.append(Piece(path, name, "parquet", size, start, group + 1))
+                start, size = group + 1, 0
+        return pieces
+
+
+def expand_path(text: str, options: ReadOptions) -> list[tuple[Path, str]]:
+    """The files that a path, glob or folder stands for, each with a name relative to what was given."""
+    path = Path(text)
+    if path.is_file():
+        return [(path.absolute(), path.name)]
+    if path.is_dir():
+        found = [
+            entry
+            for entry in sorted(path.rglob("*"))
+            if entry.is_file()
+            and not any(part.startswith(".") for part in entry.relative_to(path).parts)
+            and (options.format or format_of(entry))
+        ]
+        if not found:
+            endings = ", ".join(sorted(FORMATS))
+            raise UserError(
+                f"{path}: no file ending in {endings} (each also with {', '.join(COMPRESSED_SUFFIXES)})"
+            )
+        return [(entry.absolute(), entry.relative_to(path).as_posix()) for entry in found]
+    found_names = sorted(glob.glob(text, recursive=True))  # noqa: PTH207 - absolute patterns too
+    matches = [Path(match) for match in found_names if Path(match).is_file()]
+    if not matches:
+        raise UserError(f"{text}: no such file or folder, and no file matches it as a pattern")
+    return [(match.absolute(), match.name) for match in matches]

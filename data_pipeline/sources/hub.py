@@ -1,0 +1,150 @@
+"""Data sets of the HF hub (or any files that `datasets` can stream) as a source."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from spikescale.data_pipeline.sources.base import Document, Partition
+from spikescale.data_pipeline.sources.readers import cut_text, text_of
+from spikescale.errors import UserError
+
+
+@dataclass(frozen=True)
+class HubData:
+    """One split of one data set, as `datasets.load_dataset` names it.
+
+    Attributes:
+        path: the data set's name on the hub, or a loader's name (`json`, `parquet`) with `data_files`.
+        config, split, revision, data_files: as in `load_dataset`.
+        text_key: the column with the text.
+        row_start: a regular expression; where given, rows are joined until one matches it, for data
+            sets whose rows are lines of longer documents.
+        split_on: as in ReadOptions, applied to each text.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: tuple[str, ...] = ()
+    text_key: str = "text"
+    row_start: str | None = None
+    split_on: str = "file"
+
+    @property
+    def title(self) -> str:
+        """Name, configuration and split, for messages."""
+        return " ".join(part for part in (self.path, self.config, self.split) if part)
+
+    def load(self) -> Any:
+        """The streaming data set. Raises UserError, in one line, when it cannot be opened."""
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            return datasets.load_dataset(
+                self.path,
+                name=self.config,
+                split=self.split,
+                revision=self.revision,
+                data_files=list(self.data_files) or None,
+                streaming=True,
+            )
+        except Exception as error:  # the library raises requests', fsspec's and its own errors
+            raise _as_user_error(self, error) from None
+
+
+@dataclass(frozen=True)
+class HubPartition:
+    """One of the data set's own shards."""
+
+    data: HubData
+    index: int
+    count: int
+    split: str | None = None
+    size_bytes: int = field(default=0)
+
+    @property
+    def label(self) -> str:
+        """The data set and the shard's number."""
+        return f"{self.data.title} [{self.index}/{self.count}]"
+
+    def documents(self) -> Iterator[Document]:
+        """The documents of this shard in order."""
+        key = self.data.text_key
+        rows = self.data.load()
+        if self.count > 1:
+            rows = rows.shard(num_shards=self.count, index=self.index)
+        for number, text in self._joined(self._texts(iter(rows), key)):
+            for piece in cut_text(text, self.data.split_on):
+                yield Document(piece, f"{self.label}, row {number}")
+
+    def _texts(self, rows: Iterator[dict[str, Any]], key: str) -> Iterator[tuple[int, str]]:
+        for number in itertools.count(1):
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise _as_user_error(self.data, error) from None
+            if key not in row:
+                names = ", ".join(repr(name) for name in row)
+                raise UserError(f"{self.label}, row {number}: no column {key!r}; there are {names}")
+            yield number, text_of(row[key], key, lambda number=number: f"{self.label}, row {number}")
+
+    def _joined(self, texts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+        if self.data.row_start is None:
+            yield from texts
+            return
+        starts = re.compile(self.data.row_start)
+        first, parts = 1, list[str]()
+        for number, text in texts:
+            if parts and starts.match(text):
+                yield first, "".join(parts)
+                parts = []
+            if not parts:
+                first = number
+            parts.append(text)
+        if parts:
+            yield first, "".join(parts)
+
+
+class HubSource:
+    """A hub data set whose partitions are the data set's own shards.
+
+    `parts` pairs each of its splits with the split here that it becomes (None: by document hash).
+    """
+
+    def __init__(self, name: str, parts: list[tuple[HubData, str | None]]) -> None:
+        self.name = name
+        self._parts = parts
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that `load_dataset` is called with."""
+        described = [
+            {**vars(data), "data_files": list(data.data_files), "as": split} for data, split in self._parts
+        ]
+        return {"hub": described}
+
+    def partitions(self) -> list[Partition]:
+        """One partition a shard of the data set. Needs the network, unless the files are local."""
+        partitions: list[Partition] = []
+        for data, split in self._parts:
+            # Joined rows must not be torn apart between shards.
+            count = 1 if data.row_start else max(1, int(data.load().num_shards))
+            partitions += [HubPartition(data, index, count, split) for index in range(count)]
+        return partitions
+
+
+def _as_user_error(data: HubData, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    offline = any(
+        word in reason for word in ("Couldn't reach", "offline", "resolve", "Connection", "connect")
+    )
+    if offline or isinstance(error, ConnectionError):
+        return UserError(
+            f"{data.title}: the HF hub cannot be reached from here; use a local or built-in source"
+        )
+    return UserError(f"{data.title}: `datasets` cannot read it ({type(error).__name__}: {reason[:300]})")

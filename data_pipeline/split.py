@@ -1,0 +1,116 @@
+"""Which split a document belongs to, and cutting long documents before that is decided."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spikescale.data_pipeline.sources import Document, Partition
+from spikescale.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How text is divided.
+
+    Attributes:
+        valid_fraction, test_fraction: shares of the documents, by hash; the rest is for training.
+        unit: `document`, or `chunk`: documents are first cut, at paragraph or line ends where there
+            are any, into pieces of at most `chunk_characters`, and each piece is placed by itself.
+    """
+
+    valid_fraction: float = 0.05
+    test_fraction: float = 0.05
+    unit: str = "document"
+    chunk_characters: int = 4000
+
+    def __post_init__(self) -> None:
+        for name in ("valid_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
+        if self.valid_fraction + self.test_fraction >= 1:
+            total = self.valid_fraction + self.test_fraction
+            raise UserError(
+                f"valid_fraction + test_fraction = {total:g}: must be below 1, the rest is for training"
+            )
+        if self.unit not in ("document", "chunk"):
+            raise UserError(f"split unit {self.unit!r}: must be document or chunk")
+        if self.chunk_characters < 1:
+            raise UserError(f"chunk_characters = {self.chunk_characters}: must be positive")
+
+    def expects(self, split: str) -> bool:
+        """Whether documents placed by hash are to reach this split."""
+        return split == "train" or getattr(self, f"{split}_fraction") > 0
+
+
+def split_of(digest: bytes, settings: SplitSettings) -> str:
+    """The split of a document with this SHA-256: a pure function, so exact duplicates stay together."""
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < settings.test_fraction:
+        return "test"
+    if position < settings.test_fraction + settings.valid_fraction:
+        return "valid"
+    return "train"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A document that knows its split, and the SHA-256 and length of its UTF-8 encoding."""
+
+    text: str
+    place: str
+    split: str
+    digest: bytes
+    size_bytes: int
+
+
+def placed_documents(
+    partition: Partition, settings: SplitSettings, limit: int | None = None
+) -> Iterator[Placed]:
+    """The first `limit` documents of a partition, each with its split. Empty documents are left out.
+
+    Raises UserError for text that cannot be encoded (a lone surrogate, which JSON escapes allow).
+    """
+    for number, document in enumerate(partition.documents()):
+        if limit is not None and number >= limit:
+            return
+        for text in _units(document, settings):
+            if not text:
+                continue
+            try:
+                encoded = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = ord(text[error.start])
+                raise UserError(
+                    f"{document.place}: not valid Unicode (lone surrogate U+{code:04X})"
+                ) from None
+            digest = hashlib.sha256(encoded).digest()
+            split = partition.split or split_of(digest, settings)
+            yield Placed(text, document.place, split, digest, len(encoded))
+
+
+def _units(document: Document, settings: SplitSettings) -> Iterator[str]:
+    if settings.unit == "document":
+        yield document.text
+    else:
+        yield from chunks(document.text, settings.chunk_characters)
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Cut `text` into consecutive pieces of at most `size` characters that together are the text.
+
+    A cut falls after the last blank line, else line end, else space, of the second half of a piece.
+    """
+    begin = 0
+    while len(text) - begin > size:
+        end = begin + size
+        for separator in ("\n\n", "\n", " "):
+            found = text.rfind(separator, begin + size // 2, end)
+            if found >= 0:
+                end = min(end, found + len(separator))
+                break
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]

@@ -1,0 +1,188 @@
+"""The work items of preparation: pure functions of their fields and the files they name.
+
+A task may run in any process, more than once, and be killed at any moment: what it returns, and the
+files it leaves, are the same.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
+from spikescale.data_pipeline.sources import Partition
+from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
+from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
+from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
+
+BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 1024
+
+Report = Callable[[int, int, int], None]  # documents, tokens and text bytes since the last call
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a first pass over a partition's training documents found: characters, or a sample of texts.
+
+    `texts` pairs each text with the key by which samples of all partitions are merged.
+    """
+
+    characters: frozenset[str] = frozenset()
+    texts: tuple[tuple[bytes, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class SurveyTask:
+    """Look at the training documents of a partition, for a tokenizer that is made from the corpus.
+
+    Attributes:
+        what: `characters`, or `texts`: those with the smallest hashes, up to `budget` characters.
+    """
+
+    partition: Partition
+    settings: SplitSettings
+    limit: int | None
+    what: str
+    budget: int
+
+    def run(self, report: Report) -> Survey:
+        """Read the partition."""
+        characters: set[str] = set()
+        sample = HashSample(self.budget)
+        for document in placed_documents(self.partition, self.settings, self.limit):
+            if document.split == "train":
+                if self.what == "characters":
+                    characters.update(document.text)
+                else:
+                    sample.add(_sample_key(document.digest), document.text)
+            report(1, 0, document.size_bytes)
+        return Survey(frozenset(characters), tuple(sample.items()))
+
+
+class HashSample:
+    """The texts with the smallest keys, as many as it takes to reach `budget` characters.
+
+    The choice depends on the set of texts alone: not on their order, nor on how they were
+    partitioned, since the sample of a union is the sample of the samples' union. Equal keys (equal
+    texts) count once.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._total = 0
+        self._heap: list[tuple[bytes, str]] = []  # the largest key first: keys are complemented
+        self._keys: set[bytes] = set()
+
+    def add(self, key: bytes, text: str) -> None:
+        """Offer a text."""
+        if key in self._keys:
+            return
+        heapq.heappush(self._heap, (_complement(key), text))
+        self._keys.add(key)
+        self._total += len(text)
+        while self._total - len(self._heap[0][1]) >= self._budget:
+            removed, gone = heapq.heappop(self._heap)
+            self._keys.discard(_complement(removed))
+            self._total -= len(gone)
+
+    def items(self) -> list[tuple[bytes, str]]:
+        """Keys and texts in the order of the keys."""
+        return sorted((_complement(key), text) for key, text in self._heap)
+
+
+def _complement(key: bytes) -> bytes:
+    return bytes(255 - byte for byte in key)
+
+
+def _sample_key(digest: bytes) -> bytes:
+    # Hashed again: the first bytes of the digest itself decide the split.
+    return hashlib.sha256(b"sample" + digest).digest()
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Turn a partition into its shards, one a split.
+
+    Attributes:
+        folder: where shards and the tokenizer's folder are.
+        number: the partition's number.
+        request: digest of the whole request, kept in sidecars.
+        fast: whether tokenizer.json kinds take the fast path (the caller has checked it).
+        quiet_threads: leave the tokenizer one thread, because other workers share the machine.
+    """
+
+    folder: Path
+    number: int
+    partition: Partition
+    settings: SplitSettings
+    limit: int | None
+    tokenizer_folder: Path
+    tokenizer_sha256: str
+    request: str
+    fast: bool
+
+    def run(self, report: Report) -> list[ShardInfo]:
+        """Write the shards, unless they are there and intact, and return what they hold."""
+        facts = {
+            "request": self.request,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "partition": self.partition.label,
+        }
+        done = [finished_shard(self.folder, split, self.number, facts) for split in SPLITS]
+        finished = [shard for shard in done if shard is not None]
+        if len(finished) == len(SPLITS):
+            for shard in finished:
+                report(shard.documents, shard.tokens, shard.bytes)
+            return finished
+        tokenizer = cached_tokenizer(self.tokenizer_folder, self.tokenizer_sha256, self.fast)
+        writers = {
+            split: ShardWriter(self.folder, split, self.number, tokenizer.vocab_size, tokenizer.eos_id)
+            for split in SPLITS
+        }
+        try:
+            self._write(tokenizer, writers, report)
+            return [writers[split].finish(**facts) for split in SPLITS]
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+    def _write(self, tokenizer: Tokenizer, writers: dict[str, ShardWriter], report: Report) -> None:
+        batch: list[Placed] = []
+        characters = 0
+        for document in placed_documents(self.partition, self.settings, self.limit):
+            batch.append(document)
+            characters += len(document.text)
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+                _write_batch(tokenizer, writers, batch, report)
+                batch, characters = [], 0
+        _write_batch(tokenizer, writers, batch, report)
+
+
+def _write_batch(
+    tokenizer: Tokenizer, writers: dict[str, ShardWriter], batch: list[Placed], report: Report
+) -> None:
+    tokens = 0
+    encoded = tokenizer.encode_arrays([document.text for document in batch])
+    for document, ids in zip(batch, encoded, strict=True):
+        writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
+        tokens += len(ids) + 1
+    report(len(batch), tokens, sum(document.size_bytes for document in batch))
+
+
+_loaded: dict[tuple[str, bool], Any] = {}
+
+
+def cached_tokenizer(folder: Path, sha256: str, fast: bool) -> Tokenizer:
+    """The saved tokenizer, loaded once a process."""
+    key = (sha256, fast)
+    if key not in _loaded:
+        tokenizer = load_tokenizer(folder)
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            tokenizer.use_fast_path("require" if fast else "off", sample=None)
+        _loaded.clear()
+        _loaded[key] = tokenizer
+    loaded: Tokenizer = _loaded[key]
+    return loaded
