@@ -1,0 +1,175 @@
+"""Loss of a language model over a split, each token scored exactly once.
+
+Windows of `context_length` inputs advance by `stride` tokens. The first window scores all its tokens,
+each later one only those that the windows before it did not reach: with stride = context_length the
+windows are disjoint; the smaller the stride, the longer the shortest context, and the cost grows by
+context_length / stride. The first token of the split is predicted from EOS.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from spikescale.errors import UserError
+
+if TYPE_CHECKING:
+    from spikescale.model import SpikeGPT
+
+
+class TokenSequence(Protocol):
+    """The tokens of a split, one after another: `tokens[a:b]` is an int64 array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> NDArray[np.int64]: ...
+
+
+class Window(NamedTuple):
+    """Inputs for the predictions of tokens [start, start + length), of which the last `scored` count."""
+
+    start: int
+    length: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class LanguageModelResult:
+    """The loss in the units of the field. `bytes` and `characters` are those of the scored text.
+
+    The end of each document is a token, is predicted and paid for like any other, and adds neither a
+    byte nor a character.
+    """
+
+    loss: float  # nats a token
+    perplexity: float
+    bits_per_byte: float
+    bits_per_character: float
+    tokens: int
+    bytes: float
+    characters: float
+
+    @classmethod
+    def from_sum(
+        cls, nats: float, tokens: int, *, split_tokens: int, split_bytes: int, split_characters: int
+    ) -> "LanguageModelResult":
+        """From the summed loss of `tokens` tokens of a split with the given totals.
+
+        When only a part of the split was scored, its bytes and characters are estimated by the
+        split's averages per token; over the whole split they are exact.
+        """
+        share = tokens / split_tokens
+        scored_bytes, scored_characters = split_bytes * share, split_characters * share
+        loss = nats / tokens
+        bits = nats / math.log(2)
+        return cls(
+            loss=loss,
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            bits_per_byte=bits / scored_bytes if scored_bytes else math.nan,
+            bits_per_character=bits / scored_characters if scored_characters else math.nan,
+            tokens=tokens,
+            bytes=scored_bytes,
+            characters=scored_characters,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+def windows(count: int, context_length: int, stride: int) -> Iterator[Window]:
+    """Windows that score each of `count` tokens once; all but the last have `context_length` inputs."""
+    done = 0
+    for start in range(0, count, stride):
+        end = min(start + context_length, count)
+        yield Window(start, end - start, end - done)
+        done = end
+        if done == count:
+            return
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    model: "SpikeGPT",
+    tokens: TokenSequence,
+    *,
+    context_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    eos_id: int,
+    limit: int | None = None,
+    autocast: torch.dtype | None = None,
+    carry_state: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """The loss summed over `tokens`, in nats, and the number of tokens that it covers.
+
+    `stride` (default: `context_length`) is at most `context_length`. `limit` keeps to the first tokens.
+    `autocast`: the dtype of torch.autocast, for example bfloat16; the loss itself is computed in float32
+    and summed in float64. `carry_state` reads everything in one pass, `context_length` tokens at a
+    time, handing the recurrent state on: each token has all those before it as context, and neither
+    `stride` nor `batch_size` plays a part. `progress` is called with the number of tokens newly scored.
+    The model is left in the mode it was in. Raises UserError for a length out of range or no tokens.
+    """
+    stride = context_length if stride is None else stride
+    count = len(tokens) if limit is None else min(limit, len(tokens))
+    if context_length < 1 or batch_size < 1:
+        raise UserError(f"context_length {context_length}, batch_size {batch_size}: both must be 1 or more")
+    if not 1 <= stride <= context_length:
+        raise UserError(f"stride {stride}: must be from 1 to the context length, {context_length}")
+    if count < 1:
+        raise UserError("no tokens to evaluate: the split is empty or the limit is 0")
+    device = next(model.parameters()).device
+    total = 0.0
+    state = None
+    was_training = model.training
+    model.eval()
+    try:
+        if carry_state:
+            stride, batch_size = context_length, 1
+        for batch in batches_of_windows(windows(count, context_length, stride), batch_size):
+            inputs, targets = inputs_and_targets(tokens, batch, eos_id)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                logits, new_state = model(inputs.to(device), state)
+            if carry_state:
+                state = new_state
+            total += summed_loss(logits, targets.to(device), batch[0].scored)
+            if progress is not None:
+                progress(len(batch) * batch[0].scored)
+    finally:
+        model.train(was_training)
+    return total, count
+
+
+def batches_of_windows(ordered: Iterator[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows that follow one another and have the same shape, up to `batch_size` together."""
+    for _, group in groupby(ordered, key=lambda window: window[1:]):
+        while batch := list(islice(group, batch_size)):
+            yield batch
+
+
+def inputs_and_targets(tokens: TokenSequence, batch: list[Window], eos_id: int) -> tuple[Tensor, Tensor]:
+    """Two tensors (B, T), int64: for each window its tokens, and before each of them the one it follows."""
+    rows = []
+    for start, length, _ in batch:
+        row = np.asarray(tokens[max(start - 1, 0) : start + length], dtype=np.int64)
+        rows.append(row if start else np.concatenate(([eos_id], row)))
+    stacked = torch.from_numpy(np.stack(rows))
+    return stacked[:, :-1], stacked[:, 1:]
+
+
+def summed_loss(logits: Tensor, targets: Tensor, scored: int) -> float:
+    """Nats of the last `scored` positions; `logits` (B, T, V), `targets` (B, T)."""
+    # Row by row: in float32, a large vocabulary's log-probabilities of a whole batch take gigabytes.
+    rows = zip(logits[:, -scored:], targets[:, -scored:], strict=True)
+    losses = [
+        cross_entropy(row.float(), target, reduction="none").sum(dtype=torch.float64) for row, target in rows
+    ]
+    return float(torch.stack(losses).sum())
