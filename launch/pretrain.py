@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Pretrain a spiking language model; see --help. Started by deepspeed, torchrun, srun or plain python."""
+
+import sys
+
+from spikescale.training.pretrain import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What a run leaves behind for people: a JSONL file, an MLflow run, pictures of its curves."""

@@ -1,0 +1,1 @@
+"""Pretraining under DeepSpeed: from settings to a trained model and its report."""

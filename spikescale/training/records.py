@@ -1,0 +1,149 @@
+"""Everything a run writes down for people, on rank 0: its settings, metrics, samples, curves, MLflow run."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from spikescale.config import RunConfig
+from spikescale.data_pipeline.manifest import Manifest
+from spikescale.files import write_text
+from spikescale.tracking.curves import plot_curves
+from spikescale.tracking.environment import describe_environment
+from spikescale.tracking.metrics_file import MetricsFile, read_metrics
+from spikescale.tracking.mlflow_run import MlflowRun, default_store
+from spikescale.training.bootstrap import Process
+
+GROUPS = {
+    "tokens_per_second": "speed/tokens_per_second",
+    "flops_per_second": "speed/flops_per_second",
+    "peak_share": "speed/share_of_peak",
+    "data_wait_share": "speed/data_wait_share",
+    "firing_rate": "neurons/firing_rate",
+}
+
+
+class RunRecords:
+    """Writer of a run's files. On other ranks than 0 every method does nothing."""
+
+    def __init__(
+        self, config: RunConfig, process: Process, manifest: Manifest, restored: dict[str, Any] | None
+    ) -> None:
+        self.config, self.is_main = config, process.is_main
+        self._mlflow: MlflowRun | None = None
+        if not self.is_main:
+            return
+        self.folder = config.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = config.model_dump(mode="json")
+        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl", restored["step"] if restored else 0)
+        if config.mlflow.enabled:
+            self._start_mlflow(settings, process, manifest, restored)
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run's id, once the store has given one."""
+        return self._mlflow.run_id if self._mlflow else None
+
+    @property
+    def store(self) -> str:
+        """Address of the MLflow store."""
+        return self.config.mlflow.uri or default_store(self.config.output)
+
+    def _start_mlflow(
+        self, settings: dict[str, Any], process: Process, manifest: Manifest, restored: dict[str, Any] | None
+    ) -> None:
+        local = self.config.mlflow.uri is None
+        run_id = restored.get("mlflow_run_id") if restored else None
+        artifacts = self.config.output / "mlartifacts" if local else None
+        self._mlflow = MlflowRun(
+            self.store, self.config.mlflow.experiment, self.config.name, run_id, artifacts
+        )
+        tags = {
+            "data.path": str(manifest.folder),
+            "data.manifest_sha256": manifest.sha256,
+            "data.tokenizer": manifest.tokenizer.kind,
+            "ranks": str(process.world_size),
+            **{f"environment.{key}": value for key, value in describe_environment().items()},
+        }
+        self._mlflow.set_tags(tags)
+        if run_id is None:
+            self._mlflow.log_parameters(_flat(settings))
+        self._mlflow.log_file(self.folder / "config.yaml")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Record the figures of a step."""
+        if not self.is_main:
+            return
+        self._metrics.write(record)
+        if self._mlflow:
+            self._mlflow.log_metrics(_metric_names(record), record["step"])
+
+    def write_samples(self, step: int, texts: list[str]) -> None:
+        """Append generated texts to samples.txt."""
+        if self.is_main:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                for number, text in enumerate(texts, 1):
+                    print(f"=== step {step}, sample {number}\n{text}\n", file=file)
+
+    def write_summary(self, figures: dict[str, float]) -> None:
+        """Record the final figures as metrics named `final/...`."""
+        if self.is_main and self._mlflow:
+            step = self.config.train.steps
+            self._mlflow.log_metrics({f"final/{key}": value for key, value in figures.items()}, step)
+
+    def close(self, status: str) -> None:
+        """Draw the curves, hand the files to MLflow and end its run."""
+        if not self.is_main:
+            return
+        self._metrics.close()
+        drawn = plot_curves(
+            read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", self.config.name
+        )
+        if self._mlflow:
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.txt", self.folder / "log.txt"):
+                if path.exists():
+                    self._mlflow.log_file(path)
+            if drawn:
+                self._mlflow.log_file(self.folder / "curves.png")
+            self._mlflow.finish(status)
+
+
+def _metric_names(record: dict[str, Any]) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for key, value in record.items():
+        if key == "firing_rates":
+            named |= {f"neurons/{layer}": rate for layer, rate in value.items()}
+        elif key.startswith("valid_"):
+            named["valid/" + key.removeprefix("valid_")] = value
+        elif key != "step" and value is not None:
+            named[GROUPS.get(key, f"train/{key}")] = value
+    return named
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def run_address(records: RunRecords) -> list[tuple[str, str]]:
+    """Where to look, as (what, where) rows for the final table."""
+    rows = [("run folder", str(records.folder)), ("curves", str(records.folder / "curves.png"))]
+    if records.config.mlflow.enabled:
+        rows.append(("MLflow", f"mlflow ui --host 127.0.0.1 --backend-store-uri {_short(records.store)}"))
+    return rows
+
+
+def _short(store: str) -> str:
+    # A local store is shown relative to the working directory, as the user would type it.
+    prefix, here = "sqlite:///", str(Path.cwd())
+    path = store.removeprefix(prefix)
+    if store.startswith(prefix) and path.startswith(here + "/"):
+        return prefix + path.removeprefix(here + "/")
+    return store
