@@ -67,6 +67,15 @@ def build(source: Path, compiler: str | None = None) -> Path:
     result is a file in `files.cache_folder("kernels", ...)`. Raises BuildError.
     """
     path = find_compiler(compiler)
+    try:
+        return _build(source, path)
+    except OSError as error:
+        raise BuildError(
+            f"{source.parent.name}/{source.name}: the library cannot be written ({error})"
+        ) from None
+
+
+def _build(source: Path, path: str) -> Path:
     folder = files.cache_folder("kernels", f"{source.parent.name}-{_fingerprint(source, path)}")
     library = folder / f"{source.stem}.so"
     if library.exists():

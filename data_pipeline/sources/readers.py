@@ -107,7 +107,7 @@ def read_parquet(
     path: Path, options: ReadOptions, start: int = 0, stop: int | None = None
 ) -> Iterator[Document]:
     """The text column of the row groups [start, stop) (all of them for None)."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     file = open_parquet(path)
     names = file.schema_arrow.names
@@ -128,7 +128,7 @@ def read_parquet(
 def open_parquet(path: Path) -> Any:
     """A `pyarrow.parquet.ParquetFile`. Raises UserError when the file is missing or not parquet."""
     import pyarrow
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(io.BytesIO(read_all(path)) if is_compressed(path) else path)

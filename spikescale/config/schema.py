@@ -90,7 +90,7 @@ class TrainConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
     logit_regulariser: Annotated[float, Field(ge=0)] = 1e-4
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware has it
     activation_checkpointing: bool = False
     compile: bool = False
     threads: Positive | None = None  # CPU threads a rank; None: the cores divided by the ranks

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: its settings from ours, and a checkpoint reader that executes nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,15 @@ from torch import nn
 from spikescale.config import RunConfig
 from spikescale.errors import UserError
 from spikescale.training.bootstrap import Process
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, so that it is the faster choice."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    features = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    return any(feature in features for feature in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def micro_batching(config: RunConfig, world_size: int) -> tuple[int, int]:

@@ -19,7 +19,13 @@ from spikescale.model.loss import language_model_loss
 from spikescale.training.bootstrap import Process, join_processes, leave_processes, prepare_process
 from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
 from spikescale.training.console import TrainingConsole
-from spikescale.training.engine import build_engine, gradient_norm, local_gradient_norm, micro_batching
+from spikescale.training.engine import (
+    build_engine,
+    gradient_norm,
+    has_bfloat16,
+    local_gradient_norm,
+    micro_batching,
+)
 from spikescale.training.flops import measured_peak, training_flops_per_token
 from spikescale.training.records import RunRecords
 from spikescale.training.report import final_report, sample_texts
@@ -41,7 +47,7 @@ def pretrain(config: RunConfig) -> int:
         manifest = load_manifest(
             config.data.path, verify=config.data.verify if process.local_rank == 0 else "size"
         )
-        config = _with_vocabulary(config, manifest)
+        config = _with_precision(_with_vocabulary(config, manifest), process)
         _require_clear_start(config)
     except UserError as error:
         if process.is_main:
@@ -297,6 +303,13 @@ def _with_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig:
         )
     model = config.model.model_copy(update={"vocab_size": wanted or ids})
     return config.model_copy(update={"model": model})
+
+
+def _with_precision(config: RunConfig, process: Process) -> RunConfig:
+    if config.train.precision != "auto":
+        return config
+    chosen = "bfloat16" if has_bfloat16(process.device) else "float32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen})})
 
 
 def _require_clear_start(config: RunConfig) -> None:

@@ -35,7 +35,10 @@ def test_file_overrides_preset_and_words_override_file(run_file):
         (["train.steps=0"], "train.steps = 0: input should be greater than 0"),
         (["train.lr=-1"], "train.lr = -1: input should be greater than 0"),
         (["train.lr=nan"], "train.lr"),
-        (["train.precision=float8"], "train.precision = 'float8': input should be 'float32' or 'bfloat16'"),
+        (
+            ["train.precision=float8"],
+            "train.precision = 'float8': input should be 'auto', 'float32' or 'bfloat16'",
+        ),
         (["zero.stage=4"], "zero.stage = 4: input should be less than or equal to 3"),
         (["model.variant=gpt"], "model.variant = 'gpt': input should be 'rwkv'"),
         (["model.variant=rwkv"], "binary_embedding must be false"),

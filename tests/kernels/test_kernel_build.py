@@ -1,0 +1,118 @@
+"""Building a kernel: once per content, under a lock, never half-written."""
+
+import ctypes
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from spikescale.kernels import build
+from spikescale.kernels.build import BuildError
+
+SOURCE = '#include "simd.h"\nextern "C" int answer() { return ANSWER; }\n'
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "toy" / "toy.cpp"
+    path.parent.mkdir()
+    path.write_text(SOURCE.replace("ANSWER", "41"))
+    return path
+
+
+def counting_compiler(tmp_path):
+    """A compiler that leaves a line behind for each compilation, and takes its time."""
+    log = tmp_path / "compilations"
+    script = tmp_path / "counting-g++"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *" -c "*) echo compiled >> {log}; sleep 0.3;; esac\n'
+        f'exec {build.find_compiler()} "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script), log
+
+
+def _build_and_call(source, compiler, results):
+    results.put(ctypes.CDLL(str(build.build(source, compiler))).answer())
+
+
+def test_a_library_is_compiled_once_and_again_when_its_source_changes(source, tmp_path):
+    compiler, log = counting_compiler(tmp_path)
+    first = build.build(source, compiler)
+    assert build.build(source, compiler) == first
+    assert log.read_text().count("compiled") == 1
+    assert ctypes.CDLL(str(first)).answer() == 41
+    source.write_text(SOURCE.replace("ANSWER", "42"))
+    second = build.build(source, compiler)
+    assert second != first
+    assert ctypes.CDLL(str(second)).answer() == 42
+    assert log.read_text().count("compiled") == 2
+
+
+def test_processes_that_ask_together_compile_once(source, tmp_path):
+    compiler, log = counting_compiler(tmp_path)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_build_and_call, args=(source, compiler, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [41] * 4
+    for process in processes:
+        process.join()
+    assert log.read_text().count("compiled") == 1
+
+
+def test_a_failed_build_leaves_nothing_that_looks_finished_and_can_be_repeated(source):
+    good = source.read_text()
+    source.write_text("int broken( {\n")
+    with pytest.raises(BuildError, match=r"toy/toy\.cpp: .* failed: .*error"):
+        build.build(source)
+    left = [path.name for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if path.is_file()]
+    assert left == ["lock"]
+    source.write_text(good)
+    assert ctypes.CDLL(str(build.build(source))).answer() == 41
+
+
+def test_the_key_depends_on_compiler_flags_and_headers(source, monkeypatch, tmp_path):
+    compiler = build.find_compiler()
+    before = build._fingerprint(source, compiler)
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O2"))
+    assert build._fingerprint(source, compiler) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_version", lambda compiler: "another compiler 1.0")
+    assert build._fingerprint(source, compiler) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_cpu_features", lambda: "flags: avx9")
+    assert build._fingerprint(source, compiler) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "INCLUDE", tmp_path)
+    assert build._fingerprint(source, compiler) != before
+
+
+def test_no_flag_gives_up_nan_and_infinity():
+    assert not re.search(r"fast-math|finite-math|associative|reciprocal", " ".join(build.FLAGS))
+
+
+def test_a_named_compiler_that_is_not_there_is_an_error(source):
+    with pytest.raises(BuildError, match="no-such-compiler not found on the PATH"):
+        build.build(source, compiler="no-such-compiler")
+
+
+def test_kernels_share_torchs_openmp_library():
+    from spikescale.kernels.wkv.cpu import library
+
+    library()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(loaded) == 1
+
+
+def test_a_cache_folder_that_cannot_be_made_is_a_build_error(source, tmp_path, monkeypatch):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
+    with pytest.raises(BuildError, match=r"toy/toy\.cpp: the library cannot be written .*occupied"):
+        build.build(source)
