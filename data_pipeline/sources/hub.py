@@ -140,11 +140,10 @@ class HubSource:
 
 def _as_user_error(data: HubData, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    offline = any(
-        word in reason for word in ("Couldn't reach", "offline", "resolve", "Connection", "connect")
-    )
-    if offline or isinstance(error, ConnectionError):
+    words = ("Couldn't reach", "offline", "Failed to resolve", "name resolution", "Connection", "connect")
+    if isinstance(error, ConnectionError) or any(word in reason for word in words):
         return UserError(
-            f"{data.title}: the HF hub cannot be reached from here; use a local or built-in source"
+            f"{data.title}: the HF hub cannot be reached from here ({reason[:120]});"
+            " use a local or built-in source"
         )
     return UserError(f"{data.title}: `datasets` cannot read it ({type(error).__name__}: {reason[:300]})")

@@ -19,6 +19,7 @@ BUFFER = 100_000  # records
 RETRY_SECONDS = 5.0
 END_SECONDS = 30.0
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # answers that a second try would get again
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show training, not GenAI
 MAX_VALUE = 500  # characters that every MLflow store accepts in a parameter
 
 
@@ -149,7 +150,7 @@ class MlflowRun:
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             location = self._artifacts.resolve().as_uri() if self._artifacts else None
-            experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+            experiment_id = client.create_experiment(self.experiment, location, tags=KIND)
         else:
             experiment_id = experiment.experiment_id
         if self.run_id is not None:

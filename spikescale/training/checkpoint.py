@@ -127,7 +127,7 @@ class CheckpointFolder:
                 aside.replace(final)
                 fsync_folder(self.folder)
                 write_text(self.folder / "latest", name + "\n")
-                self._retire(config.train.keep_last)
+                self.retire(config.train.keep_last)
         _barrier()
         return final
 
@@ -157,7 +157,8 @@ class CheckpointFolder:
                 losses[name] = loss
         return min(losses, key=lambda name: losses[name]) if losses else None
 
-    def _retire(self, keep_last: int) -> None:
+    def retire(self, keep_last: int) -> None:
+        """Point `best` at the lowest validation loss; remove all but that one and the last `keep_last`."""
         names = self.names()
         best = self.best()
         if best is not None:

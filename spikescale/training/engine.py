@@ -1,5 +1,7 @@
 """The DeepSpeed engine: its settings from ours, and a checkpoint reader that executes nothing."""
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,13 @@ def restricted_reader(checkpoint_engine: Any) -> Any:
     allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
     def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"names {found.group(1)}" if found else "is no pickle of tensors"
+            raise UserError(f"{path}: {what}, which no checkpoint of ours holds; it was not loaded") from None
 
     checkpoint_engine.load = load
     return checkpoint_engine

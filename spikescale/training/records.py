@@ -14,12 +14,21 @@ from spikescale.tracking.metrics_file import MetricsFile, read_metrics
 from spikescale.tracking.mlflow_run import MlflowRun, default_store
 from spikescale.training.bootstrap import Process
 
-GROUPS = {
+# MLflow's pages group charts by the part before the slash, in alphabetical order: the loss comes first.
+MLFLOW_NAMES = {
+    "loss": "loss/train",
+    "valid_loss": "loss/valid",
+    "valid_perplexity": "loss/valid_perplexity",
+    "valid_bits_per_byte": "loss/valid_bits_per_byte",
+    "valid_bits_per_character": "loss/valid_bits_per_character",
+    "firing_rate": "neurons/mean_firing_rate",
+    "lr": "optimizer/lr",
+    "gradient_norm": "optimizer/gradient_norm",
+    "tokens": "optimizer/tokens",
     "tokens_per_second": "speed/tokens_per_second",
     "flops_per_second": "speed/flops_per_second",
     "peak_share": "speed/share_of_peak",
     "data_wait_share": "speed/data_wait_share",
-    "firing_rate": "neurons/firing_rate",
 }
 
 
@@ -88,10 +97,10 @@ class RunRecords:
                     print(f"=== step {step}, sample {number}\n{text}\n", file=file)
 
     def write_summary(self, figures: dict[str, float]) -> None:
-        """Record the final figures as metrics named `final/...`."""
+        """Record the final figures as metrics named `summary/...`."""
         if self.is_main and self._mlflow:
             step = self.config.train.steps
-            self._mlflow.log_metrics({f"final/{key}": value for key, value in figures.items()}, step)
+            self._mlflow.log_metrics({f"summary/{key}": value for key, value in figures.items()}, step)
 
     def close(self, status: str) -> None:
         """Draw the curves, hand the files to MLflow and end its run."""
@@ -111,15 +120,9 @@ class RunRecords:
 
 
 def _metric_names(record: dict[str, Any]) -> dict[str, float]:
-    named: dict[str, float] = {}
-    for key, value in record.items():
-        if key == "firing_rates":
-            named |= {f"neurons/{layer}": rate for layer, rate in value.items()}
-        elif key.startswith("valid_"):
-            named["valid/" + key.removeprefix("valid_")] = value
-        elif key != "step" and value is not None:
-            named[GROUPS.get(key, f"train/{key}")] = value
-    return named
+    named = {MLFLOW_NAMES[key]: value for key, value in record.items() if key in MLFLOW_NAMES}
+    named |= {f"neurons/{layer}": rate for layer, rate in record.get("firing_rates", {}).items()}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

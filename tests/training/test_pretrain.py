@@ -39,7 +39,7 @@ def test_run_learns_and_leaves_everything_it_promises(run_file, tmp_path):
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("spikescale").experiment_id])
     assert run.info.status == "FINISHED"
-    history = client.get_metric_history(run.info.run_id, "train/loss")
+    history = client.get_metric_history(run.info.run_id, "loss/train")
     assert {m.step: m.value for m in history} == curve
     assert run.data.params["train.steps"] == "30"
     assert {"data.manifest_sha256", "environment.commit", "environment.torch"} <= set(run.data.tags)
