@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+LOG_COLUMNS = 120
+
 
 class TrainingConsole:
     """One tidy line for each logged step, on the terminal and in a log file; silent on other ranks than 0."""
@@ -16,8 +18,9 @@ class TrainingConsole:
     def __init__(self, steps: int, first_step: int, log_file: Path | None) -> None:
         self.steps = steps
         self._file = log_file.open("a", encoding="utf-8") if log_file else None
-        # Without a terminal rich would fold lines at 80 columns and lose the one-line-a-step form.
-        self.console = Console(soft_wrap=True, highlight=False, quiet=log_file is None)
+        # Without a terminal rich would fold lines and tables at 80 columns.
+        width = None if sys.stdout.isatty() else LOG_COLUMNS
+        self.console = Console(soft_wrap=True, highlight=False, quiet=log_file is None, width=width)
         self._progress: Progress | None = None
         if log_file and sys.stdout.isatty():
             self._progress = Progress(
@@ -66,7 +69,7 @@ class TrainingConsole:
             table.add_row(*row)
         self.console.print(table)
         if self._file:
-            Console(file=self._file, width=120).print(table)
+            Console(file=self._file, width=LOG_COLUMNS).print(table)
             self._file.flush()
 
     def close(self) -> None:

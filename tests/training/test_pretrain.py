@@ -21,7 +21,7 @@ def test_run_learns_and_leaves_everything_it_promises(run_file, tmp_path):
     assert curve[30] < 4.0
     assert (folder / "curves.png").stat().st_size > 10_000
     assert "=== step 30, sample 1" in (folder / "samples.txt").read_text()
-    for words in ("byte trigram", "test", "mlflow ui --host 127.0.0.1", "--- sample 1"):
+    for words in ("trigram bits/byte", "test", "mlflow ui --host 127.0.0.1", "--- sample 1"):
         assert words in done.stdout
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"tokens_per_second", "flops_per_second", "peak_share", "gradient_norm"} <= set(records[0])
