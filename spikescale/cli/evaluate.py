@@ -4,15 +4,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikescale.errors import UserError
 
 if TYPE_CHECKING:
-    from spikescale.data_pipeline.manifest import Manifest
-    from spikescale.data_pipeline.tokenizers import Tokenizer
+    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
         "seconds": seconds,
     }
     if arguments.trigram:
-        shown["trigram_bits_per_byte"] = _trigram_bits_per_byte(manifest, loaded.tokenizer, arguments.split)
+        from spikescale.evaluation.ngram import trigram_baseline
+
+        (shown["trigram_bits_per_byte"],) = trigram_baseline(
+            manifest, loaded.tokenizer, [arguments.split]
+        ).values()
     _print(shown, arguments.json)
     return 0
 
@@ -128,18 +131,6 @@ def _progress(count: int) -> Callable[[int], None] | None:
         )
 
     return show
-
-
-def _trigram_bits_per_byte(manifest: "Manifest", tokenizer: "Tokenizer", split: str) -> float:
-    """Bits a byte, over the whole split, of a byte trigram model fitted on the training split."""
-    from spikescale.data_pipeline.stream import iterate_documents
-    from spikescale.evaluation.ngram import trigram_baseline
-
-    def documents(name: str) -> Iterator[bytes]:
-        # decode_bytes leaves the end of the document out; the baseline adds its own.
-        return (tokenizer.decode_bytes(ids.tolist()) for ids in iterate_documents(manifest, name))
-
-    return trigram_baseline(documents("train"), documents(split))
 
 
 def _print(shown: dict[str, Any], as_json: bool) -> None:

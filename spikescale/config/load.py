@@ -57,7 +57,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _merged(below: DictConfig, above: DictConfig) -> DictConfig:
-    return cast(DictConfig, OmegaConf.merge(below, above))
+    try:
+        return cast(DictConfig, OmegaConf.merge(below, above))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"settings do not fit together ({' '.join(str(error).split())})") from None
 
 
 def _mapping(text: str, origin: str) -> DictConfig:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+MomentDecay = Annotated[float, Field(ge=0, lt=1)]
 
 Variant = Literal["rwkv", "heaviside-rwkv", "spikegpt-b", "spikegpt", "spikegpt-driven"]
 
@@ -85,7 +86,7 @@ class TrainConfig(Strict):
     warmup_steps: Count = 100
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2  # wsd: the share of the steps over which the rate decays
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.99)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
@@ -95,8 +96,9 @@ class TrainConfig(Strict):
     compile: bool = False
     threads: Positive | None = None  # CPU threads a rank; None: the cores divided by the ranks
     log_every: Positive = 10
-    evaluate_every: Count = 200  # 0: only at the end
+    evaluate_every: Count = 200  # 0: only when a checkpoint is saved
     evaluate_tokens: Positive = 65536  # tokens of the valid split read in each such evaluation
+    final_evaluation_tokens: Positive = 10_000_000  # read at most of each split for the final table
     sample_every: Count = 0  # 0: only at the end
     sample_tokens: Positive = 256
     sample_count: Count = 3

@@ -9,12 +9,17 @@ where T(context) is the number of different bytes seen after the context. A cont
 over to the shorter one entirely, so every distribution adds up to 1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spikescale.errors import UserError
+
+if TYPE_CHECKING:
+    from spikescale.data_pipeline.manifest import Manifest
+    from spikescale.data_pipeline.tokenizers import Tokenizer
 
 SYMBOLS = 256
 END = 255  # ends each document; never occurs in UTF-8
@@ -82,9 +87,16 @@ class ByteTrigram:
         return np.where(count > 0, mixed, shorter)
 
 
-def trigram_baseline(train: Iterable[bytes], test: Iterable[bytes]) -> float:
-    """Bits per byte, over `test`, of a trigram model fitted on `train`."""
-    return ByteTrigram.fit(train).bits_per_byte(test)
+def trigram_baseline(manifest: "Manifest", tokenizer: "Tokenizer", splits: Sequence[str]) -> dict[str, float]:
+    """Bits per byte over each of `splits`, whole, of a trigram model fitted on the training split's text."""
+    from spikescale.data_pipeline.stream import iterate_documents
+
+    def documents(split: str) -> Iterator[bytes]:
+        # decode_bytes leaves the end of the document out; the model adds its own.
+        return (tokenizer.decode_bytes(ids.tolist()) for ids in iterate_documents(manifest, split))
+
+    model = ByteTrigram.fit(documents("train"))
+    return {split: model.bits_per_byte(documents(split)) for split in splits}
 
 
 def _smoothed(counts: NDArray[np.int64], shorter: Floats) -> Floats:

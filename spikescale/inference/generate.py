@@ -21,12 +21,14 @@ def generate(
     *,
     eos_id: int,
     settings: SamplingSettings,
+    vocab_size: int | None = None,
     prompt_chunk: int = PROMPT_CHUNK,
 ) -> Iterator[Tensor]:
     """Continue `prompts` (B, T), int64, and yield one token (B,), int64, of every sample at a time.
 
     The prompt is read in parallel form, `prompt_chunk` tokens at a time; from then on each token is one
-    forward pass of length 1 from the state that the last one left. An empty prompt (T = 0) stands for
+    forward pass of length 1 from the state that the last one left. Ids from `vocab_size` on, which pad a
+    model beyond its tokenizer, are never drawn. An empty prompt (T = 0) stands for
     `eos_id`, which is what precedes a document. At most `settings.max_tokens` are produced; with
     `settings.stop_at_eos`, a sample that has ended goes on as `eos_id` and the iteration stops when all
     have ended. The model is in evaluation mode while the iteration lasts, then as it was.
@@ -38,7 +40,6 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        # Sized by the first logits, since the model may know more ids than the tokenizer.
         seen: Tensor | None = None
         start = prompts if prompts.shape[1] else prompts.new_full((batch, 1), eos_id)
         state = None
@@ -46,7 +47,7 @@ def generate(
             logits, state = model(chunk, state)
         ended = torch.zeros(batch, dtype=torch.bool, device=device)
         for position in range(settings.max_tokens):
-            last = logits[:, -1]
+            last = logits[:, -1, :vocab_size]
             if settings.repetition_penalty != 1 and seen is None:
                 seen = torch.zeros_like(last, dtype=torch.bool).scatter(1, prompts, True)
             tokens = choose(last, settings, generator, seen)

@@ -31,7 +31,10 @@ def stream_text(
     decoders = [tokenizer.stream_decoder() for _ in range(samples)]
     ended = [False] * samples
     prompts = ids.expand(samples, -1)
-    for tokens in generate(model, prompts, eos_id=tokenizer.eos_id, settings=settings):
+    drawn = generate(
+        model, prompts, eos_id=tokenizer.eos_id, settings=settings, vocab_size=tokenizer.vocab_size
+    )
+    for tokens in drawn:
         pieces = []
         for index, token in enumerate(tokens.tolist()):
             if ended[index]:

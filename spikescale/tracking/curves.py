@@ -1,5 +1,6 @@
 """A run's curves as one picture: loss, learning rate, speed, firing rate of each layer."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> bool:
     loss.legend()
 
     rates = axes[0][1]
-    for name in trained[-1]["firing_rates"]:
-        pairs = [(r["step"], r["firing_rates"].get(name)) for r in trained]
-        rates.plot([s for s, _ in pairs], [v for _, v in pairs], linewidth=1, label=name)
+    layers = trained[-1].get("firing_rates") or {}
+    for name in layers:
+        values = [_number((r.get("firing_rates") or {}).get(name)) for r in trained]
+        rates.plot(steps, values, linewidth=1, label=name)
     rates.set(title="firing rate", xlabel="step", ylabel="spikes a token and neuron", ylim=(0, None))
-    if trained[-1]["firing_rates"]:
+    if layers:
         rates.legend(fontsize=6, ncols=2)
 
     norm = axes[1][0]
@@ -42,12 +44,12 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> bool:
     norm.semilogy(
         [r["step"] for r in known], [r["gradient_norm"] for r in known], linewidth=1, label="gradient norm"
     )
-    norm.semilogy(steps, [r["lr"] for r in trained], linewidth=1, label="learning rate")
+    norm.semilogy(steps, [_number(r.get("lr")) for r in trained], linewidth=1, label="learning rate")
     norm.set(title="gradient norm and learning rate", xlabel="step")
     norm.legend()
 
     speed = axes[1][1]
-    speed.plot(steps, [r["tokens_per_second"] / 1000 for r in trained], linewidth=1)
+    speed.plot(steps, [_number(r.get("tokens_per_second")) / 1000 for r in trained], linewidth=1)
     speed.set(title="speed", xlabel="step", ylabel="thousand tokens a second", ylim=(0, None))
 
     for axis in axes.flat:
@@ -56,3 +58,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path, title: str) -> bool:
     with written_aside(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
+
+
+def _number(value: float | None) -> float:
+    # A gap in the curve where the file has null.
+    return math.nan if value is None else value

@@ -31,10 +31,11 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file. A last line cut short by a kill is left out; any other is an error."""
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            # NaN and Infinity are no JSON, but other writers leave them: no number either.
+            records.append(json.loads(line, parse_constant=lambda _: None))
         except json.JSONDecodeError:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: not a JSON record") from None
@@ -42,6 +43,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
     # JSON has no NaN or infinity: null says that there was no number.
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

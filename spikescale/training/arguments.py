@@ -5,8 +5,7 @@ import argparse
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from spikescale.config import RunConfig, load_config
-from spikescale.errors import UserError
+from spikescale.config import RunConfig
 
 DESCRIPTION = """Pretrain a spiking language model.
 
@@ -17,8 +16,8 @@ Start it with any of:
   python launch/pretrain.py --config configs/run/tiny.yaml"""
 
 
-def parse_arguments(argv: list[str]) -> RunConfig:
-    """The run that a command line describes. Raises UserError for bad settings, exits for bad options."""
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The options of a command line. Exits, with a usage line and code 2, for bad ones."""
     parser = argparse.ArgumentParser(
         prog="launch/pretrain.py",
         description=DESCRIPTION,
@@ -31,10 +30,11 @@ def parse_arguments(argv: list[str]) -> RunConfig:
     parser.add_argument(
         "settings", nargs="*", metavar="key.sub=value", help="settings over those of the file"
     )
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f"{unknown[0]!r}: a setting is written key.sub=value, for example train.lr=1e-3")
-    return load_config(arguments.config, arguments.settings)
+    # Settings may stand on either side of the options.
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    # A word such as --lr is refused as no setting, with what a setting looks like.
+    arguments.settings = unknown + arguments.settings
+    return arguments
 
 
 def setting_list(kind: type[BaseModel] = RunConfig, prefix: str = "") -> str:

@@ -83,11 +83,8 @@ def first_host(nodelist: str) -> str:
     return match.group(1) + (match.group(2) or "") + (match.group(3) or "")
 
 
-def prepare_process(environment: Mapping[str, str] | None = None, threads: int | None = None) -> Process:
-    """Set this process up (variables, device, threads) and say where it stands; starts no communication.
-
-    threads: CPU threads of this rank; None divides the machine's cores by the ranks on it.
-    """
+def prepare_process(environment: Mapping[str, str] | None = None) -> Process:
+    """Set this process up (variables, device) and say where it stands; starts no communication."""
     variables = distributed_variables(os.environ if environment is None else environment)
     os.environ.update(variables)
     local_rank, local_size = int(variables["LOCAL_RANK"]), int(variables["LOCAL_WORLD_SIZE"])
@@ -101,8 +98,15 @@ def prepare_process(environment: Mapping[str, str] | None = None, threads: int |
     else:
         device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(threads or max(1, available_cores() // local_size))
     return Process(int(variables["RANK"]), int(variables["WORLD_SIZE"]), local_rank, local_size, device)
+
+
+def set_threads(process: Process, threads: int | None) -> None:
+    """Set the CPU threads of this rank; None shares the machine's cores among the ranks on it."""
+    if process.device.type == "cpu":
+        mine, all_cores = available_cores(), os.cpu_count() or 1
+        # A launcher that binds ranks to cores (srun, --bind_cores_to_rank) has shared them already.
+        torch.set_num_threads(threads or (mine if mine < all_cores else max(1, mine // process.local_size)))
 
 
 def join_processes(process: Process) -> None:
@@ -137,7 +141,7 @@ def available_cores() -> int:
 
 
 def silence_known_noise() -> None:
-    """Hide exactly the warnings that DeepSpeed causes at every step and that a user can do nothing about."""
+    """Hide warnings of torch and DeepSpeed about each other, which a user can do nothing about."""
     import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")

@@ -17,6 +17,7 @@ replaced. A kill or a full disk at any point leaves the older ones as they were.
 import contextlib
 import errno
 import logging
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -42,8 +43,9 @@ from spikescale.files import (
     write_text,
 )
 from spikescale.model.store import save_model_folder
+from spikescale.training.agreement import from_main
 from spikescale.training.bootstrap import Process
-from spikescale.training.engine import full_weights
+from spikescale.training.engine import apply_optimizer_settings, full_weights
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +81,23 @@ class CheckpointFolder:
         return sorted(path.name for path in self.folder.glob("step-*") if path.is_dir())
 
     def newest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint with every file as it was written; damaged ones are passed over, loudly."""
+        """The newest checkpoint with every file as it was written, the same on every rank.
+
+        Rank 0 reads and decides; damaged ones are set aside under another name, and that is said.
+        """
+        name = from_main(self.process, self._newest_valid_name)
+        return Checkpoint(self.folder / name, read_json(self.folder / name / "state.json")) if name else None
+
+    def _newest_valid_name(self) -> str | None:
         for name in reversed(self.names()):
             try:
                 verify_checkpoint(self.folder / name)
-                return Checkpoint(self.folder / name, read_json(self.folder / name / "state.json"))
+                return name
             except UserError as error:
-                if self.process.is_main:
-                    log.warning("checkpoint passed over: %s", error)
+                damaged = self.folder / f"damaged-{name}"
+                shutil.rmtree(damaged, ignore_errors=True)
+                (self.folder / name).rename(damaged)
+                log.warning("checkpoint passed over and kept as %s: %s", damaged.name, error)
         return None
 
     def save(
@@ -100,19 +111,14 @@ class CheckpointFolder:
         """
         name = f"step-{state['step']:08d}"
         aside, final = self.folder / f"{TEMPORARY_PREFIX}{name}", self.folder / name
-        with self._clean_on_failure(aside):
-            if self.process.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-                self._require_space(engine)
-                aside.mkdir(parents=True)
-            _barrier()
+        from_main(self.process, lambda: self._make_room(engine, aside))
+        with removed_on_failure(aside):
             engine.save_checkpoint(str(aside), tag=ENGINE_TAG, save_latest=False)
             save_file(random_state(), aside / f"random-rank{self.process.rank}.safetensors")
             weights = full_weights(engine, self.process)
             if self.process.is_main:
-                save_model_folder(
-                    aside / "model", weights, config.model, tokenizer, {"step": state["step"], **metrics}
-                )
+                info = {"step": state["step"], **metrics}
+                save_model_folder(aside / "model", weights, config.model, tokenizer, info)
                 layout = {"world_size": self.process.world_size, "zero_stage": config.zero.stage}
                 write_json(
                     aside / "state.json", {"format": FORMAT, "layout": layout, "metrics": metrics, **state}
@@ -146,6 +152,7 @@ class CheckpointFolder:
         )
         if loaded is None:
             raise UserError(f"{checkpoint.folder}: DeepSpeed could not load it")
+        apply_optimizer_settings(engine, config)
         set_random_state(load_file(checkpoint.folder / f"random-rank{self.process.rank}.safetensors"))
 
     def best(self) -> str | None:
@@ -153,7 +160,7 @@ class CheckpointFolder:
         losses = {}
         for name in self.names():
             loss = read_json(self.folder / name / "state.json")["metrics"].get("valid_loss")
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 losses[name] = loss
         return min(losses, key=lambda name: losses[name]) if losses else None
 
@@ -170,7 +177,8 @@ class CheckpointFolder:
                 (self.folder / name).replace(doomed)
                 shutil.rmtree(doomed)
 
-    def _require_space(self, engine: Any) -> None:
+    def _make_room(self, engine: Any, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
         needed, free = parameters * BYTES_PER_PARAMETER, shutil.disk_usage(self.folder).free
         if free < needed:
@@ -179,21 +187,17 @@ class CheckpointFolder:
                 f" {free / 1e6:.0f} MB free; make room and start again: the run resumes from its last"
                 " checkpoint"
             )
+        aside.mkdir(parents=True)
 
-    @contextlib.contextmanager
-    def _clean_on_failure(self, aside: Path) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            # Only what this process wrote; another rank may still be writing beside it. The rest is swept
-            # at the next start.
-            shutil.rmtree(aside, ignore_errors=True)
-            if _is_write_failure(error):
-                last = self.names()
-                kept = f"the last checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
-                text = " ".join(str(error).split())[:160]
-                raise UserError(f"{aside.parent}: writing a checkpoint failed ({text}); {kept}") from error
-            raise
+
+@contextlib.contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove `folder` when the block fails. What other ranks still write there is swept at the next start."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_index(folder: Path) -> None:
@@ -244,7 +248,16 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def _is_write_failure(error: BaseException) -> bool:
+def write_failure(error: BaseException, folder: Path) -> UserError:
+    """The line for a failed write: what failed, and what is still there to continue from."""
+    names = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    kept = f"the last checkpoint is {names[-1]}" if names else "there is no earlier checkpoint"
+    reason = " ".join(str(error).split())[:160]
+    return UserError(f"{folder}: writing failed ({reason}); {kept}")
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether an exception says that the disk could not take what was written."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
     # torch and safetensors report a failed write as their own errors, with the system's words inside

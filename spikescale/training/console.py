@@ -1,5 +1,6 @@
 """What the person at the terminal sees: a progress bar on a terminal, plain lines in a file."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LOG_COLUMNS = 120
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class TrainingConsole:
@@ -20,7 +22,9 @@ class TrainingConsole:
         self._file = log_file.open("a", encoding="utf-8") if log_file else None
         # Without a terminal rich would fold lines and tables at 80 columns.
         width = None if sys.stdout.isatty() else LOG_COLUMNS
-        self.console = Console(soft_wrap=True, highlight=False, quiet=log_file is None, width=width)
+        self.console = Console(
+            soft_wrap=True, highlight=False, emoji=False, quiet=log_file is None, width=width
+        )
         self._progress: Progress | None = None
         if log_file and sys.stdout.isatty():
             self._progress = Progress(
@@ -45,17 +49,18 @@ class TrainingConsole:
         if self._progress:
             figures = f"loss {record['loss']:.3f}  {rate} tok/s"
             self._progress.update(self._task, completed=record["step"], figures=figures)
-        norm = record["gradient_norm"]
+        norm, firing = record["gradient_norm"], record["firing_rate"]
         self.say(
             f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}"
             f"  lr {record['lr']:.2e}  norm {'-' if norm is None else format(norm, '.3f')}"
             f"  {rate} tok/s  {_compact(record['flops_per_second'])}FLOP/s"
             f" ({record['peak_share']:.0%} of peak)"
-            f"  firing {record['firing_rate']:.3f}  eta {format_seconds(eta_seconds)}"
+            f"  firing {'-' if firing is None else format(firing, '.3f')}  eta {format_seconds(eta_seconds)}"
         )
 
     def say(self, text: str = "") -> None:
-        """Print a line as it is."""
+        """Print text; control characters, which a model may write, are shown instead of obeyed."""
+        text = CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
         self.console.print(text, markup=False)
         if self._file:
             print(text, file=self._file, flush=True)

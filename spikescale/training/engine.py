@@ -77,6 +77,15 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     return kind(groups, lr=train.lr, betas=train.betas, eps=train.eps)
 
 
+def apply_optimizer_settings(engine: Any, config: RunConfig) -> None:
+    """Put the settings of this run over those that a loaded checkpoint brought along."""
+    train = config.train
+    for group, decay in zip(engine.optimizer.param_groups, (train.weight_decay, 0.0), strict=True):
+        group.update(weight_decay=decay, betas=train.betas, eps=train.eps)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = train.clip
+
+
 def build_engine(model: nn.Module, config: RunConfig, process: Process) -> Any:
     """A DeepSpeed engine around `model`, sharded as `config.zero` says."""
     import deepspeed
@@ -118,14 +127,13 @@ def restricted_reader(checkpoint_engine: Any) -> Any:
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """Norm of the whole gradient before clipping. Call it between the last backward and `engine.step()`
-    when DeepSpeed does not keep it (ZeRO stage 0), else after."""
+    """Norm of the last step's whole gradient before clipping; None where DeepSpeed keeps none (stage 0)."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 def local_gradient_norm(model: nn.Module) -> float:
-    """Norm of the gradients that this process holds."""
+    """Norm of the gradients held here: at ZeRO stage 0, before `engine.step()`, the whole gradient's."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads))
 

@@ -1,23 +1,42 @@
 """Pretraining, told as a story: join, prepare, restore, step, watch, save, report."""
 
+import contextlib
 import dataclasses
 import logging
+import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from spikescale.config import ModelConfig, RunConfig
+from spikescale.config import ModelConfig, RunConfig, load_config
 from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.data_pipeline.stream import Loader, TokenStream, split_tokens
 from spikescale.data_pipeline.tokenizers import load_tokenizer
 from spikescale.errors import UserError
 from spikescale.evaluation.language_model import LanguageModelResult
+from spikescale.kernels.backend import choose_backend
 from spikescale.model import SpikeGPT
 from spikescale.model.loss import language_model_loss
-from spikescale.training.bootstrap import Process, join_processes, leave_processes, prepare_process
-from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
+from spikescale.training.agreement import AgreedError, agreed, only_run_in, say_error
+from spikescale.training.arguments import parse_arguments
+from spikescale.training.bootstrap import (
+    Process,
+    join_processes,
+    leave_processes,
+    prepare_process,
+    set_threads,
+)
+from spikescale.training.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    is_write_failure,
+    seed_everything,
+    write_failure,
+)
 from spikescale.training.console import TrainingConsole
 from spikescale.training.engine import (
     build_engine,
@@ -32,34 +51,32 @@ from spikescale.training.report import final_report, sample_texts
 from spikescale.training.schedule import learning_rate
 from spikescale.training.validation import validate
 
-log = logging.getLogger(__name__)
+SLOW = " (the plain definition, slow; no compiled kernel serves this device)"
 
 
-def pretrain(config: RunConfig) -> int:
-    """Run the pretraining that `config` describes in this process, one of possibly many; the exit code.
+def pretrain(config: RunConfig, process: Process) -> None:
+    """Run the pretraining that `config` describes in this process, one of possibly many that have joined.
 
-    Raises UserError for input that cannot be trained on.
+    Raises AgreedError for input that cannot be trained on, and UserError for a disk that cannot take
+    what is written.
     """
-    process = prepare_process(threads=config.train.threads)
+    set_threads(process, config.train.threads)
+    agreed(process, lambda: micro_batching(config, process.world_size))
+    # One process a machine checks every byte; the others would only read the same files again.
+    verify = config.data.verify if process.local_rank == 0 else "size"
+    manifest = agreed(process, lambda: load_manifest(config.data.path, verify))
+    settled = agreed(process, lambda: _with_precision(_with_vocabulary(config, manifest), process))
+    agreed(process, lambda: _require_clear_start(settled))
+    if process.world_size == 1:
+        join_processes(process)
     try:
-        micro_batching(config, process.world_size)
-        # One process a machine checks every byte; the others would only read the same files again.
-        manifest = load_manifest(
-            config.data.path, verify=config.data.verify if process.local_rank == 0 else "size"
-        )
-        config = _with_precision(_with_vocabulary(config, manifest), process)
-        _require_clear_start(config)
-    except UserError as error:
-        if process.is_main:
-            raise
-        return error.exit_code  # rank 0 says it
-    join_processes(process)
-    try:
-        Pretraining(config, process, manifest).run()
-    except UserError as error:
-        raise error if process.is_main else UserError(f"rank {process.rank}: {error}") from error
-    leave_processes()
-    return 0
+        with contextlib.ExitStack() as held:
+            agreed(process, lambda: held.enter_context(only_run_in(settled.folder, process)))
+            agreed(process, lambda: Pretraining(settled, process, manifest)).run()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if is_write_failure(error):
+            raise write_failure(error, config.folder) from error
+        raise
 
 
 class Pretraining:
@@ -107,18 +124,17 @@ class Pretraining:
     def run(self) -> None:
         """Train to the last step, then evaluate whole splits, sample, and report."""
         train, console = self.config.train, self.console
-        self._introduce()
-        self._watch_start()
         status = "FAILED"
         try:
+            self._introduce()
+            self._watch_start()
             batches = iter(self.loader)
             while self.step < train.steps:
                 started = time.perf_counter()
                 logged = self._is_due(train.log_every, self.step + 1)
                 loss, norm = self._train_step(next(batches), measure=logged)
                 self.step += 1
-                self.seconds += time.perf_counter() - started
-                self.timed_steps += 1
+                self._count_time(time.perf_counter() - started, logged)
                 console.step(self.step)
                 if logged:
                     self._log(loss, norm)
@@ -127,7 +143,7 @@ class Pretraining:
                     self._validate()
                 if saving:
                     self._save()
-                if train.sample_every and self.step % train.sample_every == 0:
+                if train.sample_count and train.sample_every and self.step % train.sample_every == 0:
                     self._sample()
             final_report(self)
             status = "FINISHED"
@@ -185,7 +201,20 @@ class Pretraining:
 
     def _watch_start(self) -> None:
         self.seconds, self.timed_steps, self.waited = 0.0, 0, self.loader.wait_seconds
-        self.total_seconds, self.total_steps, self.mean_firing_rate = 0.0, 0, 0.0
+        self.total_seconds, self.total_steps = 0.0, 0
+        self.warm = False
+        self.mean_firing_rate: float | None = None
+
+    def _count_time(self, seconds: float, logged: bool) -> None:
+        # The first step builds kernels and allocates; it counts only where it is the only one to report.
+        if self.warm or logged:
+            self.seconds += seconds
+            self.timed_steps += 1
+        if self.warm:
+            self.total_seconds += seconds
+            self.total_steps += 1
+        else:
+            self.warm, self.waited = True, self.loader.wait_seconds if not logged else self.waited
 
     def _log(self, loss: float, norm: float | None) -> None:
         rates = self.firing_rates()
@@ -205,11 +234,14 @@ class Pretraining:
             "firing_rate": self.mean_firing_rate,
             "firing_rates": rates,
         }
-        self.total_seconds += self.seconds
-        self.total_steps += self.timed_steps
-        average = self.total_seconds / self.total_steps
+        average = self.total_seconds / self.total_steps if self.total_steps else self.seconds
         self.console.log(record, (self.config.train.steps - self.step) * average)
         self.records.write(record)
+        if not math.isfinite(loss):
+            raise AgreedError(
+                f"step {self.step}: the loss is {loss}; lower train.lr or raise train.warmup_steps: it goes"
+                f" on from its last checkpoint in {self.checkpoints.folder}"
+            )
         self.seconds, self.timed_steps, self.waited = 0.0, 0, self.loader.wait_seconds
 
     def evaluate(self, split: str, limit: int | None = None) -> LanguageModelResult:
@@ -227,6 +259,8 @@ class Pretraining:
         )
 
     def _validate(self) -> None:
+        if not self.manifest.totals("valid").tokens:
+            return
         result = self.evaluate("valid", self.config.train.evaluate_tokens)
         self.validation = result
         self.console.say(
@@ -236,13 +270,17 @@ class Pretraining:
         )
         figures = {f"valid_{key}": value for key, value in dataclasses.asdict(result).items()}
         self.records.write({"step": self.step, **figures})
+        if not math.isfinite(result.loss):
+            raise AgreedError(
+                f"step {self.step}: the validation loss is {result.loss}; nothing was saved, the run goes on"
+                f" from its last checkpoint in {self.checkpoints.folder}"
+            )
 
     def _save(self) -> None:
         state = {
             "step": self.step,
             "data": self.loader.state_dict(),
             "model_json": self.config.model.model_dump_json(),
-            "mlflow_run_id": self.records.run_id,
         }
         metrics = {}
         if self.validation:
@@ -282,16 +320,20 @@ class Pretraining:
             f" threads each, ZeRO {config.zero.stage}, {config.train.precision}, {micro} x {accumulation}"
             f" sequences a rank and step, peak {self.peak / 1e12:.3f} TFLOP/s a rank (measured)"
         )
+        kernels = choose_backend("wkv", model.backend, self.process.device.type, dtype)
+        self.console.say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}")
+        if not self.manifest.totals("valid").tokens:
+            self.console.say("no validation split: nothing is validated, and no checkpoint is the best")
         if self.step:
             self.console.say(f"resumed at step {self.step}")
         if self.step >= config.train.steps:
             self.console.say(f"train.steps = {config.train.steps} are done already; only the report is left")
 
 
-def mean_of_blocks(rates: dict[str, float]) -> float:
-    """Mean over the layers' neurons; a binary embedding, which fires at half of all chances, is left out."""
+def mean_of_blocks(rates: dict[str, float]) -> float | None:
+    """Mean over the layers' neurons without the binary embedding; None when there are none."""
     inner = [rate for name, rate in rates.items() if not name.startswith("embedding")]
-    return sum(inner) / len(inner) if inner else 0.0
+    return sum(inner) / len(inner) if inner else None
 
 
 def _with_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig:
@@ -331,14 +373,22 @@ def _require_same_model(saved: ModelConfig, wanted: ModelConfig, folder: Path) -
 
 def main(argv: list[str]) -> int:
     """The command line of launch/pretrain.py: a YAML file and settings over it; the exit code."""
-    from spikescale.training.arguments import parse_arguments
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments = parse_arguments(argv)
+    process = Process(0, 1, 0, 1, torch.device("cpu"))
     try:
-        return pretrain(parse_arguments(argv))
+        process = prepare_process()
+        if process.world_size > 1:
+            join_processes(process)  # first, so that whatever is wrong is said once for all ranks
+        pretrain(agreed(process, lambda: load_config(arguments.config, arguments.settings)), process)
+        leave_processes()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say_error(process, error)
+        if process.world_size > 1 and not isinstance(error, AgreedError):
+            os._exit(error.exit_code)  # the others are waiting for this rank: an orderly end would wait too
+        leave_processes()
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the run resumes from its last checkpoint", file=sys.stderr)
         return 130
+    return 0

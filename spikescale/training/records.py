@@ -1,5 +1,7 @@
 """Everything a run writes down for people, on rank 0: its settings, metrics, samples, curves, MLflow run."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,18 @@ from omegaconf import OmegaConf
 
 from spikescale.config import RunConfig
 from spikescale.data_pipeline.manifest import Manifest
-from spikescale.files import write_text
+from spikescale.errors import UserError
+from spikescale.files import read_json, write_json, write_text
 from spikescale.tracking.curves import plot_curves
 from spikescale.tracking.environment import describe_environment
 from spikescale.tracking.metrics_file import MetricsFile, read_metrics
-from spikescale.tracking.mlflow_run import MlflowRun, default_store
+from spikescale.tracking.mlflow_run import MlflowRun
+from spikescale.tracking.mlflow_store import default_store, is_server, shown
 from spikescale.training.bootstrap import Process
 
+log = logging.getLogger(__name__)
+
+MLFLOW_FILE = "mlflow_run.json"  # in the run's folder: the MLflow run to continue, and its store
 # MLflow's pages group charts by the part before the slash, in alphabetical order: the loss comes first.
 MLFLOW_NAMES = {
     "loss": "loss/train",
@@ -64,10 +71,15 @@ class RunRecords:
         self, settings: dict[str, Any], process: Process, manifest: Manifest, restored: dict[str, Any] | None
     ) -> None:
         local = self.config.mlflow.uri is None
-        run_id = restored.get("mlflow_run_id") if restored else None
-        artifacts = self.config.output / "mlartifacts" if local else None
+        if restored is None:
+            (self.folder / MLFLOW_FILE).unlink(missing_ok=True)  # of an earlier run that left no checkpoint
         self._mlflow = MlflowRun(
-            self.store, self.config.mlflow.experiment, self.config.name, run_id, artifacts
+            self.store,
+            self.config.mlflow.experiment,
+            self.config.name,
+            run_id=_earlier_run(self.folder / MLFLOW_FILE, self.store),
+            artifacts=self.config.output / "mlartifacts" if local else None,
+            on_start=self._remember,
         )
         tags = {
             "data.path": str(manifest.folder),
@@ -77,9 +89,12 @@ class RunRecords:
             **{f"environment.{key}": value for key, value in describe_environment().items()},
         }
         self._mlflow.set_tags(tags)
-        if run_id is None:
-            self._mlflow.log_parameters(_flat(settings))
+        self._mlflow.log_parameters(_flat(settings))
         self._mlflow.log_file(self.folder / "config.yaml")
+
+    def _remember(self, run_id: str) -> None:
+        # At once and not with a checkpoint: a checkpoint may be saved before a slow store has answered.
+        write_json(self.folder / MLFLOW_FILE, {"run_id": run_id, "uri": self.store})
 
     def write(self, record: dict[str, Any]) -> None:
         """Record the figures of a step."""
@@ -106,17 +121,39 @@ class RunRecords:
         """Draw the curves, hand the files to MLflow and end its run."""
         if not self.is_main:
             return
-        self._metrics.close()
-        drawn = plot_curves(
-            read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", self.config.name
-        )
+        # The run is over and its checkpoints are safe: nothing here may replace the error that ended it.
+        self._attempt("metrics.jsonl", self._metrics.close)
+        self._attempt("curves.png", self._draw)
         if self._mlflow:
-            for path in (self.folder / "metrics.jsonl", self.folder / "samples.txt", self.folder / "log.txt"):
-                if path.exists():
-                    self._mlflow.log_file(path)
-            if drawn:
-                self._mlflow.log_file(self.folder / "curves.png")
+            for name in ("metrics.jsonl", "samples.txt", "log.txt", "curves.png"):
+                if (self.folder / name).exists():
+                    self._mlflow.log_file(self.folder / name)
             self._mlflow.finish(status)
+
+    def _draw(self) -> None:
+        records = read_metrics(self.folder / "metrics.jsonl")
+        plot_curves(records, self.folder / "curves.png", self.config.name)
+
+    def _attempt(self, name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            log.warning("%s: not finished: %s", self.folder / name, error)
+
+
+def _earlier_run(path: Path, store: str) -> str | None:
+    # The MLflow run to continue: the one this folder began in the same store.
+    if not path.exists():
+        return None
+    try:
+        earlier = read_json(path)
+    except UserError as error:
+        log.warning("%s; a new MLflow run starts", error)
+        return None
+    if not isinstance(earlier, dict) or earlier.get("uri") != store:
+        return None
+    run_id = earlier.get("run_id")
+    return run_id if isinstance(run_id, str) else None
 
 
 def _metric_names(record: dict[str, Any]) -> dict[str, float]:
@@ -139,7 +176,11 @@ def run_address(records: RunRecords) -> list[tuple[str, str]]:
     """Where to look, as (what, where) rows for the final table."""
     rows = [("run folder", str(records.folder)), ("curves", str(records.folder / "curves.png"))]
     if records.config.mlflow.enabled:
-        rows.append(("MLflow", f"mlflow ui --host 127.0.0.1 --backend-store-uri {_short(records.store)}"))
+        store = records.store
+        if is_server(store):
+            rows.append(("MLflow", shown(store)))
+        else:
+            rows.append(("MLflow", f"mlflow ui --host 127.0.0.1 --backend-store-uri {_short(shown(store))}"))
     return rows
 
 

@@ -35,7 +35,7 @@ def validate(
     count = len(tokens) if limit is None else min(limit, len(tokens))
     batches = list(batches_of_windows(windows(count, context_length, context_length), batch_size))
     nats, scored = 0.0, 0
-    was_training = engine.training
+    was_training = engine.module.training
     engine.eval()
     for first in range(0, len(batches), process.world_size):
         mine = first + process.rank

@@ -47,6 +47,8 @@ def test_damage_is_named_and_the_newest_whole_checkpoint_is_found(checkpoints, d
     with pytest.raises(UserError, match=complaint):
         verify_checkpoint(checkpoints.folder / "step-00000005")
     assert checkpoints.newest_valid().step == 4
+    assert checkpoints.names()[-1] == "step-00000004"
+    assert (checkpoints.folder / "damaged-step-00000005").is_dir()
 
 
 def test_a_folder_without_an_index_is_not_a_checkpoint(checkpoints):

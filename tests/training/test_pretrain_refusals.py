@@ -1,5 +1,6 @@
 """Bad input ends a run with one clear line, a non-zero exit and nothing lost."""
 
+import fcntl
 import json
 import resource
 import shutil
@@ -96,6 +97,10 @@ def test_no_checkpoint_to_resume(capsys, run_file):
     assert "no checkpoint to resume" in refused(capsys, ["--config", str(run_file), "resume=must"])
 
 
+def test_settings_may_stand_before_the_options(capsys, run_file):
+    assert "train.lr = -1" in refused(capsys, ["train.lr=-1", "--config", str(run_file), "train.steps=3"])
+
+
 def test_batch_that_cannot_be_divided(capsys, run_file):
     assert "train.micro_batch_size = 3" in refused(
         capsys, ["--config", str(run_file), "train.micro_batch_size=3"]
@@ -125,7 +130,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(run_file, tm
     assert done.returncode == 2, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "writing a checkpoint failed" in errors[0]
+    assert "writing failed" in errors[0]
     assert "the last checkpoint is step-00000012" in errors[0]
     after = {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()}
     assert after == before
@@ -137,16 +142,47 @@ def test_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(run_file, tm
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_other_number_of_ranks_is_refused_on_resume(run_file, tmp_path):
+def test_other_number_of_ranks_is_refused_on_resume(run_file):
     launch(["--config", str(run_file)])
     done = launch(["--config", str(run_file), "train.steps=18"], "deepspeed", ranks=2, check=False)
     assert done.returncode == 2
-    assert "written by 1 ranks with ZeRO stage 1; this run has 2 ranks" in done.stderr + done.stdout
+    assert errors_of(done) == 1
+    assert "written by 1 ranks with ZeRO stage 1; this run has 2 ranks" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_bad_input_under_the_deepspeed_launcher_is_said_once_and_exits_non_zero(run_file):
-    done = launch(["--config", str(run_file), "model.vocab_size=9"], "deepspeed", ranks=2, check=False)
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("train.learning_rate=1", "unknown key train.learning_rate"),
+        ("model.vocab_size=9", "model.vocab_size = 9: smaller than the 256 ids"),
+    ],
+)
+def test_bad_input_with_two_ranks_is_said_once_and_exits_non_zero(run_file, word, complaint):
+    done = launch(["--config", str(run_file), word], "deepspeed", ranks=2, check=False)
     assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("error: model.vocab_size = 9") == 1
+    assert errors_of(done) == 1
+    assert complaint in done.stderr
+
+
+def errors_of(done) -> int:
+    return (done.stdout + done.stderr).count("error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(run_file, tmp_path):
+    words = ["train.lr=1e30", "train.min_lr=0", "train.clip=0", "train.warmup_steps=0", "zero.stage=0"]
+    done = launch(["--config", str(run_file), *words], check=False)
+    assert done.returncode == 2
+    assert "the loss is nan; lower train.lr" in done.stderr
+    assert not list((tmp_path / "runs" / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_run_folder_in_use_is_refused(capsys, run_file, tmp_path):
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training there" in refused(capsys, ["--config", str(run_file)])
