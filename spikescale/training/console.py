@@ -29,7 +29,7 @@ class TrainingConsole:
         if log_file and sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}"),
@@ -77,10 +77,15 @@ class TrainingConsole:
             Console(file=self._file, width=LOG_COLUMNS).print(table)
             self._file.flush()
 
-    def close(self) -> None:
-        """End the progress bar and close the log file."""
+    def end_progress(self) -> None:
+        """Leave the progress bar where it is; what is printed from now on stands below it."""
         if self._progress:
             self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """End the progress bar and close the log file."""
+        self.end_progress()
         if self._file:
             self._file.close()
 

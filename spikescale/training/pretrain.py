@@ -145,6 +145,7 @@ class Pretraining:
                     self._save()
                 if train.sample_count and train.sample_every and self.step % train.sample_every == 0:
                     self._sample()
+            console.end_progress()
             final_report(self)
             status = "FINISHED"
         except KeyboardInterrupt:
