@@ -18,7 +18,6 @@ from spikescale.tracking.mlflow_store import may_pass, open_client, probe, shown
 log = logging.getLogger(__name__)
 
 END_SECONDS = 30.0
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show training, not GenAI
 MAX_VALUE = 500  # characters that every MLflow store accepts in a parameter
 MAX_BATCH = 100  # parameters that MLflow takes at once
 NONFINITE = "nonfinite"  # metric: how many figures of a record were not numbers
@@ -140,7 +139,7 @@ class MlflowRun:
         if found is None:
             location = self._artifacts.resolve().as_uri() if self._artifacts else None
             try:
-                return str(client.create_experiment(self.experiment, location, tags=KIND))
+                return str(client.create_experiment(self.experiment, location))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
