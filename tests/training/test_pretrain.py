@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from launching import TINY, launch, losses
+from launching import ROOT, launch, losses
 from safetensors.torch import load_file
 
-GOLDEN = [5.5519, 4.1481, 3.4049, 2.7440]  # nats a token at steps 1, 5, 10 and 20
+GOLDEN = [5.5450, 3.2958, 3.2446, 2.6259]  # nats a token at steps 1, 5, 10 and 20
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -91,17 +91,19 @@ def one_process(tmp_path_factory, prepared_data):
 
 
 def run_steps(folder, data, launcher, ranks, settings):
-    content = {"output": str(folder / "runs"), "data": {"path": str(data)}, **TINY}
-    (folder / "run.yaml").write_text(json.dumps(content))
-    words = ["--config", str(folder / "run.yaml"), "train.steps=20", "train.save_every=0", *settings]
-    launch(words, launcher, ranks)
-    lines = (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    """Records of 20 steps of the recipe configs/run/tiny.yaml, on the small corpus."""
+    words = ["--config", str(ROOT / "configs" / "run" / "tiny.yaml"), f"data.path={data}", f"output={folder}"]
+    words += ["train.steps=20", "train.log_every=1", "train.evaluate_every=10", "train.evaluate_tokens=2000"]
+    words += ["train.save_every=0", "train.sample_count=0", "train.final_evaluation_tokens=1000"]
+    words += ["train.threads=1", "mlflow.enabled=false"]
+    launch([*words, *settings], launcher, ranks)
+    lines = (folder / "tiny" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def largest_difference(key, records, others, relative=False):
     pairs = [(a[key], b[key]) for a, b in zip(records, others, strict=True) if key in a]
-    assert len(pairs) > 2
+    assert len(pairs) >= 2
     return max(abs(a - b) / (abs(b) if relative else 1) for a, b in pairs)
 
 
@@ -115,7 +117,7 @@ def test_losses_are_the_ones_known_to_be_right(one_process):
     ("launcher", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("torchrun", 0)]
 )
 def test_two_ranks_follow_the_single_process(one_process, tmp_path, prepared_data, launcher, stage):
-    settings = [f"zero.stage={stage}", "train.micro_batch_size=2"]
+    settings = [f"zero.stage={stage}", "train.micro_batch_size=4"]
     records = run_steps(tmp_path, prepared_data, launcher, 2, settings)
     assert [record["step"] for record in records] == [record["step"] for record in one_process]
     assert largest_difference("loss", records, one_process) < 1e-4
@@ -148,6 +150,6 @@ def test_a_corpus_without_validation_or_test_split_trains(tmp_path, prepared_dat
     assert main([*words, "--no-ray", "--valid-fraction", "0", "--test-fraction", "0"]) == 0
     records = run_steps(tmp_path, tmp_path / "data", "python", 1, [])
     assert len(records) == 20
-    log = (tmp_path / "runs" / "run" / "log.txt").read_text()
+    log = (tmp_path / "tiny" / "log.txt").read_text()
     assert "no validation split" in log
     assert "evaluating 1000 of" in log
