@@ -9,7 +9,7 @@ from spikescale.inference.text import complete
 from spikescale.training.records import run_address
 
 if TYPE_CHECKING:
-    from spikescale.training.pretrain import Pretraining
+    from spikescale.training.run import Pretraining
 
 
 def sample_texts(run: "Pretraining") -> list[str]:
