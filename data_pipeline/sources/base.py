@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-TEXT_SPLITS = ("train", "valid", "test")
-
 
 class Document(NamedTuple):
     """One text, and the place it came from (file and line or row) for messages."""

@@ -58,11 +58,6 @@ class RunRecords:
             self._start_mlflow(settings, process, manifest, restored)
 
     @property
-    def run_id(self) -> str | None:
-        """The MLflow run's id, once the store has given one."""
-        return self._mlflow.run_id if self._mlflow else None
-
-    @property
     def store(self) -> str:
         """Address of the MLflow store."""
         return self.config.mlflow.uri or default_store(self.config.output)
