@@ -29,6 +29,7 @@ def mapped_packages() -> tuple[list[str], dict[str, str]]:
 
 
 packages, package_dir = mapped_packages()
+GPU = ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"]
 
 setup(
     name="spikescale",
@@ -67,8 +68,16 @@ setup(
         "ninja>=1.13,<2",
     ],
     extras_require={
-        "gpu": ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"],
+        "gpu": GPU,
+        # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
+        "bench": [
+            "transformers>=5.23,<5.24",  # GPT-2 and RWKV-4
+            "spikingjelly>=2.0,<2.1; python_version >= '3.11'",  # its LIF node, train_step.py
+            "rwkv>=0.8.32,<0.9",  # streaming.py
+        ],
+        # Triton kernels are interpreted and compiled ahead of time in tests, without a GPU, beside fla's.
         "dev": [
+            *GPU,
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
             "hypothesis>=6.100,<7",

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,13 +27,21 @@ COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fPIC",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-fopenmp",
 )
+# From the widest to the one that runs everywhere, each with its flags and the features it needs.
+INSTRUCTION_SETS = {
+    "avx512": (
+        ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma"},
+    ),
+    "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}),
+    "plain": ((), set()),
+}
 INCLUDE = Path(__file__).parent / "include"
 
 logger = logging.getLogger("spikescale.kernels")
@@ -51,32 +60,39 @@ def find_compiler(compiler: str | None = None) -> str:
     raise BuildError(f"no C++ compiler: {', '.join(candidates)} not found on the PATH; install g++")
 
 
-def load(source: Path, compiler: str | None = None) -> ctypes.CDLL:
+def instruction_sets() -> tuple[str, ...]:
+    """Those of INSTRUCTION_SETS that this processor has, the widest first; the last is "plain"."""
+    features = _cpu_features()
+    return tuple(name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features)
+
+
+def load(source: Path, instruction_set: str = "plain", compiler: str | None = None) -> ctypes.CDLL:
     """`build` and open the library. Raises BuildError."""
-    library = build(source, compiler)
+    library = build(source, instruction_set, compiler)
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"{library}: built, but cannot be loaded ({error})") from None
 
 
-def build(source: Path, compiler: str | None = None) -> Path:
+def build(source: Path, instruction_set: str = "plain", compiler: str | None = None) -> Path:
     """The shared library compiled from `source` (one .cpp file, with `kernels/include` to include from).
 
-    Compiled at most once per content of the sources, flags, compiler version and CPU features; the
-    result is a file in `files.cache_folder("kernels", ...)`. Raises BuildError.
+    `instruction_set` is a key of INSTRUCTION_SETS. Compiled at most once per content of the sources,
+    flags, compiler version and kind of machine; the result is a file in
+    `files.cache_folder("kernels", ...)`. Raises BuildError.
     """
     path = find_compiler(compiler)
     try:
-        return _build(source, path)
+        return _build(source, (*FLAGS, *INSTRUCTION_SETS[instruction_set][0]), path)
     except OSError as error:
         raise BuildError(
             f"{source.parent.name}/{source.name}: the library cannot be written ({error})"
         ) from None
 
 
-def _build(source: Path, path: str) -> Path:
-    folder = files.cache_folder("kernels", f"{source.parent.name}-{_fingerprint(source, path)}")
+def _build(source: Path, flags: tuple[str, ...], path: str) -> Path:
+    folder = files.cache_folder("kernels", f"{source.parent.name}-{_fingerprint(source, flags, path)}")
     library = folder / f"{source.stem}.so"
     if library.exists():
         return library
@@ -86,14 +102,14 @@ def _build(source: Path, path: str) -> Path:
         if not library.exists():
             logger.info("compiling %s with %s", source.name, path)
             with files.written_aside(library) as temporary:
-                _compile(source, path, temporary)
+                _compile(source, flags, path, temporary)
     return library
 
 
-def _compile(source: Path, compiler: str, target: Path) -> None:
+def _compile(source: Path, flags: tuple[str, ...], compiler: str, target: Path) -> None:
     objects = target.with_suffix(".o")
     try:
-        _run([compiler, *FLAGS, f"-I{INCLUDE}", "-c", str(source), "-o", str(objects)], source)
+        _run([compiler, *flags, f"-I{INCLUDE}", "-c", str(source), "-o", str(objects)], source)
         _run([compiler, "-shared", str(objects), *_openmp_libraries(), "-o", str(target)], source)
     finally:
         objects.unlink(missing_ok=True)
@@ -117,12 +133,27 @@ def _openmp_libraries() -> list[str]:
     return [str(bundled[0])] if bundled else ["-lgomp"]
 
 
-def _fingerprint(source: Path, compiler: str) -> str:
-    parts = [_version(compiler), platform.machine(), _cpu_features(), " ".join(FLAGS), *_openmp_libraries()]
+def _fingerprint(source: Path, flags: tuple[str, ...], compiler: str) -> str:
+    parts = [_version(compiler), platform.machine(), " ".join(flags), *_openmp_libraries()]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for path in (source, *sorted(INCLUDE.glob("*.h"))):
+    for path in _with_includes(source):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
+
+
+def _with_includes(source: Path) -> list[Path]:
+    """`source` and every header of ours that it includes, directly or not."""
+    found, waiting = [], [source]
+    while waiting:
+        path = waiting.pop()
+        found.append(path)
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            header = next(
+                (folder / name for folder in (path.parent, INCLUDE) if (folder / name).exists()), None
+            )
+            if header and header not in (*found, *waiting):
+                waiting.append(header)
+    return found
 
 
 @functools.cache
@@ -135,10 +166,11 @@ def _version(compiler: str) -> str:
 
 
 @functools.cache
-def _cpu_features() -> str:
-    # -march=native code from one machine may not run on another that shares the cache folder.
+def _cpu_features() -> frozenset[str]:
+    """What /proc/cpuinfo lists; empty where it does not exist."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return frozenset()
+    listed = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(listed.partition(":")[2].split())

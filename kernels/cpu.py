@@ -1,7 +1,18 @@
 """Handing tensors to C: what the ctypes bindings of the CPU kernels share."""
 
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from spikescale.kernels.build import load
+
+
+def load_for(backend: str, source: Path) -> ctypes.CDLL:
+    """The library compiled from `source` for a backend such as "cpu-avx2". Raises BuildError."""
+    return load(source, backend.removeprefix("cpu-"))
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -15,3 +26,8 @@ def pointer(tensor: Tensor | None) -> int | None:
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as contiguous bytes."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of several contiguous tensors, as an array of pointers."""
+    return (ctypes.c_void_p * len(tensors))(*(pointer(tensor) for tensor in tensors))

@@ -13,8 +13,8 @@ def lif(
     x: Tensor,
     v: Tensor | None = None,
     *,
-    tau: float = 2.0,
-    v_threshold: float = 1.0,
+    tau: float | Tensor = 2.0,
+    v_threshold: float | Tensor = 1.0,
     v_reset: float = 0.0,
     soft_reset: bool = False,
     detach_reset: bool = False,
@@ -32,9 +32,11 @@ def lif(
     and flows through the reset unless `detach_reset`.
 
     Args:
-        x: (B, T, C) float32, bfloat16 or float64, T >= 1.
+        x: (B, T, C) float32, bfloat16, float16 or float64, T >= 1.
         v: (B, C) membrane before the first token, float32 (float64 for float64 x); None: zeros.
-        tau: membrane time constant, in tokens.
+        tau: membrane time constant, in tokens, >= 1; a number, or one a channel (C,) in v's dtype.
+        v_threshold: likewise. Where they are tensors, gradients flow to them: the threshold's through the
+            surrogate, -ds/dh, and through the soft reset.
         reset: (B, T) bool; where true the membrane is set to 0 before that token.
         backend: see `spikescale.kernels.backend`.
 
@@ -57,14 +59,22 @@ def lif(
         )
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset must be {tuple(x.shape[:2])} bool, not {tuple(reset.shape)} {reset.dtype}")
+    for name, value in (("tau", tau), ("v_threshold", v_threshold)):
+        if isinstance(value, Tensor) and (value.shape != x.shape[2:] or value.dtype != state_dtype):
+            raise ValueError(
+                f"{name} must be {tuple(x.shape[2:])} {state_dtype}, not {tuple(value.shape)} {value.dtype}"
+            )
     options = (tau, v_threshold, v_reset, soft_reset, detach_reset, surrogate_alpha)
-    if choose_backend("lif", backend, x.device.type, x.dtype) == "reference":
+    chosen = choose_backend("lif", backend, x.device.type, x.dtype)
+    if chosen == "reference":
         return _reference(x, v, reset, *options)
-    from spikescale.kernels.lif.cpu import lif_forward
+    if chosen == "triton":
+        from spikescale.kernels.lif.triton import lif_triton
 
-    save = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
-    spikes, v_out, _ = lif_forward(x, v, reset, *options, save)
-    return spikes, v_out
+        return lif_triton(x, v, reset, *options)
+    from spikescale.kernels.lif.cpu import lif_cpu
+
+    return lif_cpu(x, v, reset, *options, chosen)
 
 
 # A loop over tokens is not worth unrolling into a graph.

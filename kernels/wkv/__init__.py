@@ -16,6 +16,7 @@ def wkv(
     v: Tensor,
     state: Tensor | None = None,
     reset: Tensor | None = None,
+    gate: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Average of the values so far, weighted by their keys and by an exponential decay, per channel.
@@ -27,10 +28,11 @@ def wkv(
     Args:
         w: (C,) log of the decay per token, <= 0 (-exp(time_decay)).
         u: (C,) bonus of the current token (time_first).
-        k, v: (B, T, C) float32, bfloat16 or float64, T >= 1.
+        k, v: (B, T, C) float32, bfloat16, float16 or float64, T >= 1.
         state: (B, 3, C) rows a, b, m: the sums over the past are a e^m (with v) and b e^m (without);
             float32, float64 for float64 v; None: `initial_state`.
         reset: (B, T) bool; where true the state is emptied before that token.
+        gate: (B, T, C) in v's dtype, the receptance: y is multiplied by sigmoid(gate) before it is rounded.
         backend: see `spikescale.kernels.backend`.
 
     Returns:
@@ -59,13 +61,21 @@ def wkv(
     if reset is not None and (reset.shape != k.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset must be {tuple(k.shape[:2])} bool, not {tuple(reset.shape)} {reset.dtype}")
     w, u = w.to(state_dtype), u.to(state_dtype)
-    if choose_backend("wkv", backend, k.device.type, dtype) == "reference":
-        y, state = _reference(w, u, k, v, state, reset)
-        return y, state
-    from spikescale.kernels.wkv.cpu import wkv_forward
+    if gate is not None and (gate.shape != v.shape or gate.dtype != v.dtype):
+        raise ValueError(f"gate must be {tuple(v.shape)} {v.dtype}, not {tuple(gate.shape)} {gate.dtype}")
+    chosen = choose_backend("wkv", backend, k.device.type, dtype)
+    if chosen == "reference":
+        return _reference(w, u, k, v, state, reset, gate)
+    k, wide_v = k.to(dtype), v.to(dtype)
+    wide_gate = None if gate is None else gate.to(dtype)
+    if chosen == "triton":
+        from spikescale.kernels.wkv.triton import wkv_triton
 
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, state))
-    y, state, _ = wkv_forward(w, u, k.to(dtype), v.to(dtype), state, reset, save)
+        y, state = wkv_triton(w, u, k, wide_v, state, reset, wide_gate)
+    else:
+        from spikescale.kernels.wkv.cpu import wkv_cpu
+
+        y, state = wkv_cpu(w, u, k, wide_v, state, reset, wide_gate, chosen)
     return y.to(v.dtype), state
 
 

@@ -23,7 +23,13 @@ def initial_state(
 
 
 def wkv_reference(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    reset: Tensor | None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as for `wkv`; computed in float64 whatever the inputs are, so that it can judge the others.
 
@@ -53,4 +59,7 @@ def wkv_reference(
     m_out = m.to(state_dtype).double()
     scale = torch.exp((m - m_out).masked_fill(m <= EMPTY_EXPONENT / 2, 0.0))
     final = torch.stack([a * scale, b * scale, m_out], dim=1).to(state_dtype)
-    return torch.stack(outputs, dim=1).to(out_dtype), final
+    y = torch.stack(outputs, dim=1)
+    if gate is not None:
+        y = y * torch.sigmoid(gate.double())
+    return y.to(out_dtype), final

@@ -27,6 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("auto", "reference", "cpu"), help="operators (default: the model's)"
     )
     parser.add_argument(
+        "--engine",
+        choices=("auto", "native", "torch"),
+        default="auto",
+        help="what runs each token: native (C++, whole models on the CPU), torch (the model itself), or auto",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the native engine; bfloat16: rounded, half the memory, up to twice as fast",
+    )
+    parser.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     )
 
@@ -52,7 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     loaded = load_model_folder(find_model_folder(arguments.model), backend=arguments.backend)
     steps = stream_text(
-        loaded.model.to(device), loaded.tokenizer, prompt, samples=arguments.samples, settings=settings
+        loaded.model.to(device),
+        loaded.tokenizer,
+        prompt,
+        samples=arguments.samples,
+        settings=settings,
+        engine=arguments.engine,
+        weights=arguments.weights,
     )
     begin = time.perf_counter()
     if arguments.samples == 1:

@@ -47,7 +47,7 @@ class ModelConfig(Strict):
     binary_embedding: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     neuron: NeuronConfig = NeuronConfig()
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cpu-avx512", "cpu-avx2", "cpu-plain", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _float_embedding_without_neurons(self) -> "ModelConfig":
@@ -92,7 +92,8 @@ class TrainConfig(Strict):
     clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
     logit_regulariser: Annotated[float, Field(ge=0)] = 1e-4
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware has it
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # recompute blocks in backward instead of keeping activations
+    compact_activations: bool = True  # keep spikes as bits and recomputed blocks' inputs as counts of spikes
     compile: bool = False
     threads: Positive | None = None  # CPU threads a rank; None: the cores divided by the ranks
     log_every: Positive = 10

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spikescale.errors import UserError
 
+CANDIDATES = 512  # the most probable tokens, among which top-p looks before it sorts all
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -58,20 +60,25 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration (2020), Sec. 3.1.
     """
-    ordered, indices = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1)
+    ordered, indices = probabilities.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+    if logits.shape[-1] > CANDIDATES and bool((ordered.sum(dim=-1) < p).any()):
+        ordered, indices = probabilities.sort(dim=-1, descending=True)
     # A token is needed when those before it do not reach p; nothing is before the first.
-    reached_before = probabilities.cumsum(dim=-1) - probabilities
+    reached_before = ordered.cumsum(dim=-1) - ordered
     needed = reached_before < p
     needed[..., 0] = True
-    ordered = ordered.masked_fill(~needed, -math.inf)
-    return torch.empty_like(logits).scatter(-1, indices, ordered)
+    kept = logits.gather(-1, indices).masked_fill(~needed, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(-1, indices, kept)
 
 
 def choose(
     logits: Tensor, settings: SamplingSettings, generator: torch.Generator, seen: Tensor | None = None
 ) -> Tensor:
-    """One token (B,), int64, of each row of `logits` (B, V). `seen` (B, V, bool): tokens to penalise."""
+    """One token (B,), int64, of each row of `logits` (B, V). `seen` (B, V, bool): tokens to penalise.
+
+    Raises UserError when there is nothing to draw from: a NaN or an infinity among the logits.
+    """
     logits = logits.float()
     if seen is not None and settings.repetition_penalty != 1:
         logits = penalise_seen(logits, seen, settings.repetition_penalty)
@@ -82,4 +89,13 @@ def choose(
         logits = keep_top_k(logits, settings.top_k)
     if settings.top_p < 1:
         logits = keep_top_p(logits, settings.top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    # One number a row and a search, where torch.multinomial draws one for each of V tokens. In float64, in
+    # which the total times a float32 below 1 stays below the total.
+    reached = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = reached[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite numbers: it has diverged, or its weights are damaged"
+        )
+    point = total * torch.rand(total.shape, generator=generator, device=total.device)
+    return torch.searchsorted(reached, point, right=True).squeeze(-1)

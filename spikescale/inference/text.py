@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from spikescale.inference.generate import generate
+from spikescale.inference.decoder import Weights
+from spikescale.inference.generate import Engine, generate
 from spikescale.inference.sampling import SamplingSettings
 
 if TYPE_CHECKING:
@@ -20,20 +22,34 @@ def stream_text(
     *,
     samples: int = 1,
     settings: SamplingSettings | None = None,
+    engine: Engine = "auto",
+    weights: Weights = "float32",
 ) -> Iterator[list[str]]:
     """Continue `prompt` in `samples` ways; yield what each token added to each text (often nothing).
 
     A character is yielded when its last byte has come. The end of a document (EOS) is not part of the
-    text; without `stop_at_eos` it is written as an empty line between two documents.
+    text; without `stop_at_eos` it is written as an empty line between two documents. `engine` and `weights`
+    are those of `generate`.
     """
     settings = settings or SamplingSettings()
     ids = torch.tensor([int(token) for token in tokenizer.encode(prompt)], dtype=torch.long)
+    drawn = generate(
+        model,
+        ids.expand(samples, -1),
+        eos_id=tokenizer.eos_id,
+        settings=settings,
+        vocab_size=tokenizer.vocab_size,
+        engine=engine,
+        weights=weights,
+    )
+    return _pieces(drawn, tokenizer, samples, settings.stop_at_eos)
+
+
+def _pieces(
+    drawn: Iterator[Tensor], tokenizer: "Tokenizer", samples: int, stop_at_eos: bool
+) -> Iterator[list[str]]:
     decoders = [tokenizer.stream_decoder() for _ in range(samples)]
     ended = [False] * samples
-    prompts = ids.expand(samples, -1)
-    drawn = generate(
-        model, prompts, eos_id=tokenizer.eos_id, settings=settings, vocab_size=tokenizer.vocab_size
-    )
     for tokens in drawn:
         pieces = []
         for index, token in enumerate(tokens.tolist()):
@@ -44,7 +60,7 @@ def stream_text(
             else:
                 pieces.append(decoders[index].finish())
                 decoders[index] = tokenizer.stream_decoder()
-                if settings.stop_at_eos:
+                if stop_at_eos:
                     ended[index] = True
                 else:
                     pieces[index] += "\n\n"

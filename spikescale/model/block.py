@@ -7,19 +7,9 @@ from torch.nn import functional as F
 from spikescale.config.schema import ModelConfig
 from spikescale.model.channel_mix import ChannelMix
 from spikescale.model.neuron import LIF, Heaviside, NoNeuron
+from spikescale.model.norm import Firing, LayerNorm, add_spikes, on_grid
 from spikescale.model.state import BlockState, fire, membranes
 from spikescale.model.time_mix import LinearFactory, TimeMix
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed and returned in its weights' dtype, whatever autocast does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised over the last dimension."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(
-                x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps
-            )
 
 
 def output_neuron(config: ModelConfig) -> nn.Module:
@@ -35,17 +25,19 @@ class Block(nn.Module):
     """Pre-norm residual block whose branches add spikes (SEW residual, SpikeGPT Sec. 3.3).
 
     x = x + LIF1(TimeMix(LN1(x))); x = x + LIF2(ChannelMix(LN2(x))); dropout. Block 0 starts with an extra
-    LayerNorm. The residual stream keeps the dtype of the LayerNorms (float32): spikes are added to it
-    exactly, and sums of thousands of them stay exact. State entries beside those of the sub-blocks: the
-    membranes `time_neuron` and `channel_neuron` (B, C).
+    LayerNorm. The residual stream keeps the dtype of the LayerNorms (float32). Where spikes are added to
+    it, LN0 leaves it on a grid (`norm.stream_grid`) on which those sums are exact. State entries beside
+    those of the sub-blocks: the membranes `time_neuron` and `channel_neuron` (B, C).
     """
 
     def __init__(self, config: ModelConfig, index: int, linear: LinearFactory) -> None:
         super().__init__()
-        self.width, self.dropout = config.width, config.dropout
-        self.ln0 = LayerNorm(config.width) if index == 0 else None
-        self.ln1 = LayerNorm(config.width)
-        self.ln2 = LayerNorm(config.width)
+        self.width, self.dropout, self.layers = config.width, config.dropout, config.layers
+        self.backend = config.backend
+        self.adds_spikes = config.variant not in ("rwkv", "spikegpt-driven")
+        self.ln0 = LayerNorm(config.width, config.backend) if index == 0 else None
+        self.ln1 = LayerNorm(config.width, config.backend)
+        self.ln2 = LayerNorm(config.width, config.backend)
         self.time_mix = TimeMix(config, f"blocks.{index}.time_mix", linear)
         self.channel_mix = ChannelMix(config, f"blocks.{index}.channel_mix", linear)
         self.time_neuron = output_neuron(config)
@@ -63,19 +55,62 @@ class Block(nn.Module):
             **membranes(neurons, batch, device, dtype),
         }
 
-    def forward(self, x: Tensor, state: BlockState, reset: Tensor | None) -> tuple[Tensor, BlockState]:
-        """The residual stream (B, T, C) after this block, and the block's new state."""
-        if self.ln0 is not None:
-            x = self.ln0(x)
-        new_state: BlockState = {}
-        mixed, entries = self.time_mix(self.ln1(x), state, reset)
+    def enter(self, x: Tensor) -> Tensor:
+        """The start of the residual stream, from the embedding: what only block 0 does."""
+        if self.ln0 is None:
+            return x
+        x = self.ln0(x)
+        return on_grid(x, self.layers) if self.adds_spikes else x
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        state: BlockState,
+        reset: Tensor | None,
+        next_norm: LayerNorm | None,
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """The residual stream (B, T, C) after this block, it normalised by `next_norm`, and the new state.
+
+        `normed` is LN1(x) if that has been computed; None: it is computed here. Without `next_norm`,
+        the second result is None.
+        """
+        if normed is None:
+            normed = self.ln1(x)
+        mixed, new_state = self.time_mix(normed, state, reset)
+        x, normed, entry = self._add("time_neuron", x, mixed, state, reset, self.ln2, 0.0)
+        new_state.update(entry)
+        mixed, entries = self.channel_mix(normed, state, reset)
         new_state.update(entries)
-        spikes, entries = fire(self.time_neuron, "time_neuron", mixed, state, reset)
-        new_state.update(entries)
-        x = x + spikes
-        mixed, entries = self.channel_mix(self.ln2(x), state, reset)
-        new_state.update(entries)
-        spikes, entries = fire(self.channel_neuron, "channel_neuron", mixed, state, reset)
-        new_state.update(entries)
-        x = x + spikes
-        return F.dropout(x, self.dropout, self.training), new_state
+        dropout = self.dropout if self.training else 0.0
+        x, normed, entry = self._add("channel_neuron", x, mixed, state, reset, next_norm, dropout)
+        new_state.update(entry)
+        return x, normed, new_state
+
+    def _add(
+        self,
+        name: str,
+        x: Tensor,
+        mixed: Tensor,
+        state: BlockState,
+        reset: Tensor | None,
+        norm: LayerNorm | None,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """(x + neuron(mixed) after dropout, it normalised, the neuron's new state)."""
+        neuron = getattr(self, name)
+        if not isinstance(neuron, LIF) or neuron.is_observed():
+            spikes, entry = fire(neuron, name, mixed, state, reset)
+            x = x + spikes
+            if dropout:
+                x = F.dropout(x, dropout)
+            return x, None if norm is None else norm(x), entry
+        v = state[name]
+        neuron.record_firing(mixed, v, reset)
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout else 0
+        firing = Firing(mixed, v, reset, neuron.config, dropout, seed)
+        if norm is None:
+            x, normed, v = add_spikes(x, firing, backend=self.backend)
+        else:
+            x, normed, v = norm(x, firing)
+        return x, normed, {name: v}

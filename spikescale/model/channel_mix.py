@@ -4,9 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from spikescale.config.schema import ModelConfig
+from spikescale.kernels.activations import sigmoid_gate, squared_relu
+from spikescale.kernels.token_mix import token_mix
 from spikescale.model.neuron import LIF, NoNeuron
-from spikescale.model.state import BlockState, fire, membranes, shift
-from spikescale.model.time_mix import LinearFactory, mix
+from spikescale.model.recompute import project
+from spikescale.model.state import BlockState, fire, membranes
+from spikescale.model.time_mix import LinearFactory, projection_dtype
 
 EXPANSION = 4  # inner width over model width
 
@@ -22,7 +25,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig, name: str, linear: LinearFactory) -> None:
         super().__init__()
         width, inner = config.width, EXPANSION * config.width
-        self.width = width
+        self.width, self.backend = width, config.backend
+        self.pack_spikes = True
         self.mu_key = nn.Parameter(torch.empty(width))
         self.mu_receptance = nn.Parameter(torch.empty(width))
         self.key = linear(width, inner, f"{name}.key")
@@ -46,15 +50,23 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState, reset: Tensor | None) -> tuple[Tensor, BlockState]:
         """The sub-block's output (B, T, C) and its new state entries."""
-        previous, last = shift(x, state["channel_mix.shift"], reset)
-        new_state = {"channel_mix.shift": last}
+        new_state = {"channel_mix.shift": x[:, -1]}
+        driven = isinstance(self.neurons["key"], LIF)
 
         def drive(key: str, values: Tensor) -> Tensor:
             out, entry = fire(self.neurons[key], f"channel_mix.{key}", values, state, reset)
             new_state.update(entry)
             return out
 
-        k = self.key(drive("key", mix(x, previous, self.mu_key)))
-        g = torch.relu(k).square() if self.squared_relu else drive("activation", k)
-        r = self.receptance(drive("receptance", mix(x, previous, self.mu_receptance)))
-        return torch.sigmoid(r) * self.value(drive("value", g)), new_state
+        def driven_by(key: str, values: Tensor, spikes: bool) -> Tensor:
+            return project(getattr(self, key), drive(key, values), spikes and self.pack_spikes)
+
+        # Neurons read their currents in float32.
+        dtype = None if driven else projection_dtype(x)
+        mus = (self.mu_key, self.mu_receptance)
+        mixed = token_mix(x, mus, state["channel_mix.shift"], reset, dtype, self.backend)
+        k = driven_by("key", mixed[0], driven)
+        g = squared_relu(k, self.backend) if self.squared_relu else drive("activation", k)
+        r = driven_by("receptance", mixed[1], driven)
+        value = driven_by("value", g, driven or not self.squared_relu)
+        return sigmoid_gate(r, value, self.backend), new_state

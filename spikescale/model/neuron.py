@@ -61,6 +61,16 @@ class LIF(Neuron):
         self.record(spikes)
         return spikes, v
 
+    def is_observed(self) -> bool:
+        """Whether something hangs on this module's call, so that its spikes must not be fused away."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
+    def record_firing(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> None:
+        """Record the firing rate that a call would, if it is monitored: for fused neurons."""
+        if self.monitor:
+            with torch.no_grad():
+                self(x, v, reset)
+
     def extra_repr(self) -> str:
         """Shown in the model's printout."""
         return f"tau={self.config.tau}, v_threshold={self.config.v_threshold}"

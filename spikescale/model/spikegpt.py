@@ -1,21 +1,22 @@
 """SpikeGPT (Zhu et al. 2023): a causal language model whose blocks speak in spikes."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spikescale.config.schema import ModelConfig
 from spikescale.errors import UserError
-from spikescale.model.block import Block, LayerNorm
+from spikescale.model.block import Block
+from spikescale.model.channel_mix import ChannelMix
 from spikescale.model.embedding import Embedding
 from spikescale.model.init import initialise
 from spikescale.model.neuron import LIF, Neuron, NoNeuron
-from spikescale.model.state import BlockState, State, fire, membranes
-from spikescale.model.time_mix import LinearFactory
+from spikescale.model.norm import LayerNorm
+from spikescale.model.recompute import SpikeCounts, recomputed
+from spikescale.model.state import State, fire, membranes
+from spikescale.model.time_mix import LinearFactory, TimeMix
 
 # Recording a firing rate is a side effect that backward need not repeat. Unless told so, torch.compile
 # refuses checkpointed blocks whose neurons are monitored.
@@ -38,7 +39,9 @@ class SpikeGPT(nn.Module):
             return sharded ones.
 
     `activation_checkpointing = True` recomputes each block in backward instead of keeping its
-    activations. Raises UserError when `config.vocab_size` is missing.
+    activations. `compact_activations` (on) keeps what spikes allow in less memory, bit for bit the same:
+    inputs of recomputed blocks as uint8 counts of spikes, spikes that projections read as bits.
+    Raises UserError when `config.vocab_size` is missing.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, linear: LinearFactory = plain_linear) -> None:
@@ -49,10 +52,11 @@ class SpikeGPT(nn.Module):
         self.activation_checkpointing = False
         self.embedding = Embedding(config.vocab_size, config.width, config.binary_embedding, config.neuron)
         self.blocks = nn.ModuleList(Block(config, index, linear) for index in range(config.layers))
-        self.ln_out = LayerNorm(config.width)
+        self.ln_out = LayerNorm(config.width, config.backend)
         driven = config.variant == "spikegpt-driven"
         self.head_neuron = LIF(config.neuron, config.backend) if driven else NoNeuron()
         self.head = linear(config.width, config.vocab_size, "head")
+        self.compact_activations = True
         initialise(self, config, seed)
 
     def initial_state(self, batch: int, device: torch.device | str | None = None) -> State:
@@ -84,23 +88,38 @@ class SpikeGPT(nn.Module):
         """
         if state is None:
             state = self.initial_state(tokens.shape[0], tokens.device)
-        x = self.embedding(tokens)
+        blocks = [cast(Block, block) for block in self.blocks]
+        x = blocks[0].enter(self.embedding(tokens))
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        exact = blocks[0].adds_spikes and not (self.training and self.config.dropout)
+        counts = SpikeCounts(x) if recompute and exact and self.compact_activations else None
+        norms = [*(block.ln1 for block in blocks[1:]), self.ln_out]
+        normed: Tensor | None = None
         new_state: State = []
-        for block, block_state in zip(self.blocks, state, strict=True):
-            x, entries = self._run(block, x, block_state, reset)
+        for block, norm, block_state in zip(blocks, norms, state, strict=True):
+            if recompute:
+                # Kept and recomputed block by block, so that only the stream lies between them.
+                x, _, entries = recomputed(counts, block, x, None, block_state, reset, None)
+            else:
+                x, normed, entries = block(x, normed, block_state, reset, norm)
             new_state.append(entries)
-        x, entries = fire(self.head_neuron, "head", self.ln_out(x), state[-1], reset)
+        if normed is None:
+            normed = self.ln_out(x)
+        x, entries = fire(self.head_neuron, "head", normed, state[-1], reset)
         new_state[-1].update(entries)
         return self.head(x), new_state
 
-    def _run(
-        self, block: nn.Module, x: Tensor, state: BlockState, reset: Tensor | None
-    ) -> tuple[Tensor, BlockState]:
-        run: Callable[..., tuple[Tensor, BlockState]] = block
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # Non-reentrant: works with a state that needs gradients, keeps the dropout's random numbers.
-            return checkpoint(run, x, state, reset, use_reentrant=False)
-        return run(x, state, reset)
+    @property
+    def compact_activations(self) -> bool:
+        """Whether activations are kept in as little memory as spikes allow."""
+        return self._compact_activations
+
+    @compact_activations.setter
+    def compact_activations(self, on: bool) -> None:
+        self._compact_activations = on
+        for module in self.modules():
+            if isinstance(module, TimeMix | ChannelMix):
+                module.pack_spikes = on
 
     def neurons(self) -> list[tuple[str, Neuron]]:
         """Every neuron that fires, with its name in the model, in the order of computation within a block."""

@@ -21,18 +21,6 @@ def fire(
     return out, ({key: v} if neuron.stateful else {})
 
 
-def shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The previous token's x at every token, and the last token's, for the next call.
-
-    x (B, T, C), last (B, C); at the first token `last` is the previous one. Where reset (B, T) is true
-    there is no previous token: 0.
-    """
-    previous = torch.cat([last.unsqueeze(1).to(x.dtype), x[:, :-1]], dim=1)
-    if reset is not None:
-        previous = previous.masked_fill(reset.unsqueeze(-1), 0.0)
-    return previous, x[:, -1]
-
-
 def detach_state(state: State) -> State:
     """The same state cut from the graph that computed it: for training over successive chunks."""
     return [{key: tensor.detach() for key, tensor in block.items()} for block in state]

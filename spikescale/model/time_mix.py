@@ -6,18 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from spikescale.config.schema import ModelConfig
+from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import initial_state, wkv
 from spikescale.model.neuron import LIF, NoNeuron
-from spikescale.model.state import BlockState, fire, membranes, shift
+from spikescale.model.recompute import project
+from spikescale.model.state import BlockState, fire, membranes
 
 LinearFactory = Callable[[int, int, str], nn.Module]
 
 PROJECTIONS = ("key", "value", "receptance", "output")
 
 
-def mix(x: Tensor, previous: Tensor, mu: Tensor) -> Tensor:
-    """mu x + (1 - mu) previous, the token shift's learnt mixture; mu (C,), in float32 under autocast."""
-    return torch.lerp(previous, x, mu)
+def projection_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which projections of x are computed: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class TimeMix(nn.Module):
@@ -31,6 +34,7 @@ class TimeMix(nn.Module):
         super().__init__()
         width = config.width
         self.width, self.backend = width, config.backend
+        self.pack_spikes = True
         self.mu_key = nn.Parameter(torch.empty(width))
         self.mu_value = nn.Parameter(torch.empty(width))
         self.mu_receptance = nn.Parameter(torch.empty(width))
@@ -56,19 +60,29 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState, reset: Tensor | None) -> tuple[Tensor, BlockState]:
         """The sub-block's output (B, T, C) and its new state entries."""
-        previous, last = shift(x, state["time_mix.shift"], reset)
-        new_state = {"time_mix.shift": last}
+        new_state = {"time_mix.shift": x[:, -1]}
+        driven = isinstance(self.neurons["key"], LIF)
 
-        def drive(key: str, values: Tensor) -> Tensor:
+        def driven_by(key: str, values: Tensor) -> Tensor:
             out, entry = fire(self.neurons[key], f"time_mix.{key}", values, state, reset)
             new_state.update(entry)
-            return out
+            return project(getattr(self, key), out, driven and self.pack_spikes)
 
-        k = self.key(drive("key", mix(x, previous, self.mu_key)))
-        v = self.value(drive("value", mix(x, previous, self.mu_value)))
-        r = self.receptance(drive("receptance", mix(x, previous, self.mu_receptance)))
-        w = -torch.exp(self.time_decay)
+        # Neurons read their currents in float32.
+        dtype = None if driven else projection_dtype(x)
+        mus = (self.mu_key, self.mu_value, self.mu_receptance)
+        mixed = token_mix(x, mus, state["time_mix.shift"], reset, dtype, self.backend)
+        k = driven_by("key", mixed[0])
+        v = driven_by("value", mixed[1])
+        r = driven_by("receptance", mixed[2])
         y, new_state["time_mix.wkv"] = wkv(
-            w, self.time_first, k, v, state["time_mix.wkv"], reset, self.backend
+            -torch.exp(self.time_decay),
+            self.time_first,
+            k,
+            v,
+            state["time_mix.wkv"],
+            reset,
+            r,
+            self.backend,
         )
-        return self.output(drive("output", torch.sigmoid(r) * y)), new_state
+        return driven_by("output", y), new_state

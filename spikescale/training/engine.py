@@ -74,7 +74,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         {"params": vectors, "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=train.lr, betas=train.betas, eps=train.eps)
+    return kind(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
 
 def apply_optimizer_settings(engine: Any, config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from spikescale.config import RunConfig, load_config
 from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.errors import UserError
 from spikescale.training.agreement import AgreedError, agreed, only_run_in, say_error
+from spikescale.training.allocator import keep_freed_memory
 from spikescale.training.arguments import parse_arguments
 from spikescale.training.bootstrap import (
     Process,
@@ -32,6 +33,8 @@ def pretrain(config: RunConfig, process: Process) -> None:
     what is written.
     """
     set_threads(process, config.train.threads)
+    if process.device.type == "cpu":
+        keep_freed_memory()
     agreed(process, lambda: micro_batching(config, process.world_size))
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"

@@ -13,7 +13,7 @@ from spikescale.data_pipeline.stream import Loader, TokenStream, split_tokens
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.errors import UserError
 from spikescale.evaluation.language_model import LanguageModelResult
-from spikescale.kernels.backend import choose_backend
+from spikescale.kernels.backend import build_operators, choose_backend
 from spikescale.model import SpikeGPT
 from spikescale.model.loss import language_model_loss
 from spikescale.training.agreement import AgreedError
@@ -58,6 +58,7 @@ class Pretraining:
         train, model = config.train, config.model
         self.model = SpikeGPT(model, seed=train.seed)
         self.model.activation_checkpointing = train.activation_checkpointing
+        self.model.compact_activations = train.compact_activations
         seed_everything(train.seed, process.rank)
         self.engine = build_engine(self.model, config, process)
         self.tokens_per_step = train.batch_size * model.context_length
@@ -286,6 +287,8 @@ class Pretraining:
             f" threads each, ZeRO {config.zero.stage}, {config.train.precision}, {micro} x {accumulation}"
             f" sequences a rank and step, peak {self.peak / 1e12:.3f} TFLOP/s a rank (measured)"
         )
+        if self.process.device.type == "cpu":
+            build_operators(model.backend)
         kernels = choose_backend("wkv", model.backend, self.process.device.type, dtype)
         self.console.say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}")
         if not self.manifest.totals("valid").tokens:

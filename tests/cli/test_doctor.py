@@ -13,6 +13,7 @@ import pytest
 from spikescale import doctor
 from spikescale.cli.main import main
 from spikescale.doctor import Check
+from spikescale.kernels.build import instruction_sets
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -26,9 +27,10 @@ def test_a_working_machine_passes_and_every_kernel_backend_was_run(capsys):
     checks = {check["name"]: check for check in report["checks"]}
     for name in ("Python", "torch", "CPU", "deepspeed", "ray", "mlflow", "megatron-core", "disk here"):
         assert checks[name]["status"] in ("ok", "note"), name
-    for operator in ("wkv", "lif"):
+    for operator in ("wkv", "lif", "token_mix", "activations", "layer_norm", "lif_norm"):
         assert checks[f"kernel {operator} reference"]["status"] == "ok"
-        assert f"kernel {operator} cpu" in checks
+        for name in instruction_sets():
+            assert checks[f"kernel {operator} cpu-{name}"]["status"] == "ok"
 
 
 def test_every_line_that_is_not_ok_says_what_to_do(capsys):

@@ -41,6 +41,25 @@ def test_top_p_keeps_one_token_however_small_p_is():
     assert kept.isfinite().tolist() == [[False, True, False]]
 
 
+@pytest.mark.parametrize("spread", [0.1, 6.0])  # the nucleus holds most tokens, or a few
+def test_top_p_keeps_the_same_in_a_large_vocabulary_whether_few_or_many_are_needed(spread):
+    logits = spread * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    kept = keep_top_p(logits, 0.9)
+    for row, row_kept in zip(logits, kept, strict=True):
+        probabilities = row.double().softmax(-1).sort(descending=True)
+        count = int((probabilities.values.cumsum(0) < 0.9).sum()) + 1
+        assert abs(int(row_kept.isfinite().sum()) - count) <= 1
+        assert torch.equal(row_kept[row_kept.isfinite()], row[row_kept.isfinite()])
+        assert row[row_kept.isfinite()].min() >= row[~row_kept.isfinite()].max()
+
+
+def test_there_is_nothing_to_draw_from_numbers_that_are_none():
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = math.nan
+    with pytest.raises(UserError, match="not finite numbers"):
+        choose(logits, SamplingSettings(), torch.Generator())
+
+
 @settings(deadline=None)
 @given(logits=rows, penalty=st.floats(1.01, 3))
 def test_a_penalty_lowers_seen_tokens_and_leaves_the_others(logits, penalty):

@@ -22,7 +22,7 @@ CPU = ("cpu", torch.float32)
 @pytest.fixture
 def forgotten():
     """Everything announced or loaded before is forgotten, and again afterwards."""
-    caches = (backends._announce, backends._warn_unbuilt, lif_cpu.library, wkv_cpu.library)
+    caches = (backends._announce, backends._warn_slow, lif_cpu.library, wkv_cpu.library)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -36,24 +36,49 @@ def no_compiler(forgotten, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_auto_takes_the_compiled_backend_for_cpu_tensors_and_says_so_once(forgotten, caplog):
+def test_auto_takes_the_widest_compiled_backend_for_cpu_tensors_and_says_so_once(forgotten, caplog):
+    widest = f"cpu-{build.instruction_sets()[0]}"
     with caplog.at_level(logging.INFO, "spikescale.kernels"):
         for _ in range(3):
-            assert backends.choose_backend("lif", "auto", "cpu", torch.bfloat16) == "cpu"
+            assert backends.choose_backend("lif", "auto", "cpu", torch.bfloat16) == widest
     said = [record.getMessage() for record in caplog.records if "backend" in record.getMessage()]
-    assert said == ["lif: backend cpu for bfloat16 tensors on cpu (compiled C++)"]
+    assert said == [f"lif: backend {widest} for bfloat16 tensors on cpu (compiled C++)"]
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "reason"),
-    [("cpu", torch.float64, "float64"), ("cuda", torch.float32, "cuda"), ("cpu", torch.float16, "float16")],
-)
-def test_auto_takes_the_reference_where_there_is_no_kernel_and_says_why(
-    forgotten, caplog, device, dtype, reason
-):
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float64, "float64"), (torch.float16, "float16")])
+def test_auto_takes_the_reference_where_there_is_no_kernel_and_says_why(forgotten, caplog, dtype, reason):
     with caplog.at_level(logging.INFO, "spikescale.kernels"):
-        assert backends.choose_backend("wkv", "auto", device, dtype) == "reference"
+        assert backends.choose_backend("wkv", "auto", "cpu", dtype) == "reference"
     assert reason in caplog.text
+
+
+def test_auto_takes_triton_on_a_gpu_and_warns_where_it_is_not_installed(forgotten, caplog, monkeypatch):
+    assert backends.choose_backend("wkv", "auto", "cuda", torch.bfloat16) == "triton"
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    with caplog.at_level(logging.WARNING, "spikescale.kernels"):
+        for _ in range(3):
+            assert backends.choose_backend("wkv", "auto", "cuda", torch.float32) == "reference"
+    assert len(caplog.records) == 1
+    assert "slow reference backend: triton is not installed (pip install 'spikescale[gpu]')" in caplog.text
+    with pytest.raises(UserError, match="backend 'triton' of wkv: triton is not installed"):
+        backends.choose_backend("wkv", "triton", "cuda", torch.float32)
+
+
+def test_triton_takes_no_cpu_tensors_unless_it_interprets(forgotten, monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    with pytest.raises(UserError, match="takes GPU tensors, not cpu"):
+        backends.choose_backend("wkv", "triton", "cpu", torch.float32)
+    with pytest.raises(UserError, match="float32, bfloat16 and float16, not float64"):
+        backends.choose_backend("wkv", "triton", "cuda", torch.float64)
+
+
+def test_a_named_instruction_set_is_used_or_refused(forgotten, monkeypatch):
+    for name in build.instruction_sets():
+        assert backends.choose_backend("lif", f"cpu-{name}", *CPU) == f"cpu-{name}"
+    monkeypatch.setattr(backends, "instruction_sets", lambda: ("avx2", "plain"))
+    with pytest.raises(UserError, match="'cpu-avx512': this processor has only avx2, plain"):
+        backends.choose_backend("lif", "cpu-avx512", *CPU)
+    assert backends.choose_backend("lif", "cpu", *CPU) == "cpu-avx2"
 
 
 def test_a_forced_backend_that_cannot_serve_the_tensors_is_refused():
@@ -64,7 +89,10 @@ def test_a_forced_backend_that_cannot_serve_the_tensors_is_refused():
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="'fast': unknown; there are auto, reference, cpu"):
+    with pytest.raises(
+        UserError,
+        match="'fast': unknown; there are auto, reference, cpu, cpu-avx512, cpu-avx2, cpu-plain, triton",
+    ):
         lif(torch.zeros(1, 1, 1), backend="fast")
 
 

@@ -38,17 +38,17 @@ def counting_compiler(tmp_path):
 
 
 def _build_and_call(source, compiler, results):
-    results.put(ctypes.CDLL(str(build.build(source, compiler))).answer())
+    results.put(ctypes.CDLL(str(build.build(source, compiler=compiler))).answer())
 
 
 def test_a_library_is_compiled_once_and_again_when_its_source_changes(source, tmp_path):
     compiler, log = counting_compiler(tmp_path)
-    first = build.build(source, compiler)
-    assert build.build(source, compiler) == first
+    first = build.build(source, compiler=compiler)
+    assert build.build(source, compiler=compiler) == first
     assert log.read_text().count("compiled") == 1
     assert ctypes.CDLL(str(first)).answer() == 41
     source.write_text(SOURCE.replace("ANSWER", "42"))
-    second = build.build(source, compiler)
+    second = build.build(source, compiler=compiler)
     assert second != first
     assert ctypes.CDLL(str(second)).answer() == 42
     assert log.read_text().count("compiled") == 2
@@ -80,22 +80,45 @@ def test_a_failed_build_leaves_nothing_that_looks_finished_and_can_be_repeated(s
 
 def test_the_key_depends_on_compiler_flags_and_headers(source, monkeypatch, tmp_path):
     compiler = build.find_compiler()
-    before = build._fingerprint(source, compiler)
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O2"))
-    assert build._fingerprint(source, compiler) != before
-    monkeypatch.undo()
+
+    def key(*flags):
+        return build._fingerprint(source, flags, compiler)
+
+    before = key(*build.FLAGS)
+    assert key(*build.FLAGS, "-O2") != before
     monkeypatch.setattr(build, "_version", lambda compiler: "another compiler 1.0")
-    assert build._fingerprint(source, compiler) != before
+    assert key(*build.FLAGS) != before
     monkeypatch.undo()
-    monkeypatch.setattr(build, "_cpu_features", lambda: "flags: avx9")
-    assert build._fingerprint(source, compiler) != before
-    monkeypatch.undo()
-    monkeypatch.setattr(build, "INCLUDE", tmp_path)
-    assert build._fingerprint(source, compiler) != before
+    (source.parent / "simd.h").write_text('#include "nested.h"\n')
+    other = key(*build.FLAGS)
+    assert other != before
+    (source.parent / "nested.h").write_text("#pragma once\n")
+    assert key(*build.FLAGS) != other
+
+
+def test_every_instruction_set_of_this_processor_builds_and_the_plain_one_is_always_there(source):
+    names = build.instruction_sets()
+    assert names[-1] == "plain"
+    libraries = {build.build(source, name) for name in names}
+    assert len(libraries) == len(names)
+    assert all(ctypes.CDLL(str(library)).answer() == 41 for library in libraries)
+
+
+def test_instruction_sets_follow_the_processors_features(monkeypatch):
+    sets = dict(build.INSTRUCTION_SETS)
+    for name, has in (
+        ("avx512", ("avx512", "avx2", "plain")),
+        ("avx2", ("avx2", "plain")),
+        ("plain", ("plain",)),
+    ):
+        features = frozenset().union(*(sets[known][1] for known in has))
+        monkeypatch.setattr(build, "_cpu_features", lambda features=features: features)
+        assert build.instruction_sets() == has, name
 
 
 def test_no_flag_gives_up_nan_and_infinity():
-    assert not re.search(r"fast-math|finite-math|associative|reciprocal", " ".join(build.FLAGS))
+    flags = [*build.FLAGS, *(flag for extra, _ in build.INSTRUCTION_SETS.values() for flag in extra)]
+    assert not re.search(r"fast-math|finite-math|associative|reciprocal", " ".join(flags))
 
 
 def test_a_named_compiler_that_is_not_there_is_an_error(source):
@@ -106,7 +129,7 @@ def test_a_named_compiler_that_is_not_there_is_an_error(source):
 def test_kernels_share_torchs_openmp_library():
     # In a process of its own: other packages that tests import bring OpenMP libraries too.
     code = (
-        "from spikescale.kernels.wkv.cpu import library; library()\n"
+        "from spikescale.kernels.wkv.cpu import library; library('cpu-plain')\n"
         "maps = open('/proc/self/maps').read().splitlines()\n"
         "print(len({line.split()[-1] for line in maps if 'libgomp' in line}))"
     )

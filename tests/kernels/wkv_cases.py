@@ -1,17 +1,23 @@
 """Inputs for WKV tests, the formulas written out as sums, and the comparison of all outputs by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-NAMES = ("y", "state", "w", "u", "k", "v", "initial_state")
+ORDER = ("w", "u", "k", "v", "state", "gate")
 
 
 def make_inputs(
-    batch: int, length: int, channels: int, spread: float = 1.0, offset: float = 0.0, with_state: bool = True
+    batch: int,
+    length: int,
+    channels: int,
+    spread: float = 1.0,
+    offset: float = 0.0,
+    with_state: bool = True,
+    with_gate: bool = False,
 ) -> dict[str, Tensor]:
-    """w, u, k, v, state in float32; |k - offset| <= spread; decays from e^-5 to e^3."""
+    """w, u, k, v, state, and a gate if asked for; |k - offset| <= spread; decays from e^-5 to e^3."""
     generator = torch.Generator().manual_seed(length * 1000 + channels)
 
     def normal(*shape: int) -> Tensor:
@@ -25,13 +31,23 @@ def make_inputs(
         state[:, 0] = normal(batch, channels)
         state[:, 1] = torch.rand(batch, channels, generator=generator) + 0.5
         state[:, 2] = normal(batch, channels) * spread / 3 + offset
-    return {
+    inputs = {
         "w": -torch.exp(decay),
         "u": normal(channels),
         "k": k,
         "v": normal(batch, length, channels),
         "state": state,
     }
+    if with_gate:
+        inputs["gate"] = 3 * normal(batch, length, channels)
+    return inputs
+
+
+def add_levels(inputs: dict[str, Tensor], levels: Sequence[float], length: int = 16) -> dict[str, Tensor]:
+    """The same with `levels` added to the keys, each to `length` tokens, over and over."""
+    tokens = torch.arange(inputs["k"].shape[1])
+    added = torch.tensor(levels)[tokens // length % len(levels)]
+    return {**inputs, "k": inputs["k"] + added[:, None]}
 
 
 def make_reset(batch: int, length: int, share: float = 0.1) -> Tensor:
@@ -40,7 +56,7 @@ def make_reset(batch: int, length: int, share: float = 0.1) -> Tensor:
 
 
 def written_out(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, reset: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y, and the final state as (log-scale-free) sums: model.md's fraction, term by term, in float64.
 
@@ -70,7 +86,8 @@ def written_out(
             outputs.append(a / b if t < length else torch.stack([a, b, scale]))
         all_outputs.append(torch.stack(outputs[:-1]))
         all_states.append(outputs[-1])
-    return torch.stack(all_outputs), torch.stack(all_states)
+    y = torch.stack(all_outputs)
+    return y if gate is None else y / (1 + torch.exp(-gate.double())), torch.stack(all_states)
 
 
 def evaluate(
@@ -79,19 +96,25 @@ def evaluate(
     reset: Tensor | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, of a fixed random combination of y and the final sums."""
+    """Outputs and gradients by name, of a fixed random combination of y and the final sums.
+
+    `function` takes w, u, k, v, state, reset, gate.
+    """
     leaves = {name: x.detach().to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
-    y, state = function(leaves["w"], leaves["u"], leaves["k"], leaves["v"], leaves["state"], reset)
+    w, u, k, v, state, gate = (leaves.get(name) for name in ORDER)
+    y, state = function(w, u, k, v, state, reset, gate)
     generator = torch.Generator().manual_seed(9)
     weight_y = torch.randn(y.shape, generator=generator).to(y.dtype)
     weight_sums = torch.randn(state[:, :2].shape, generator=generator)
     # The sums on a scale that every implementation agrees on: that of the last key, to whole numbers.
     common = inputs["k"].double()[:, -1:].round()
     sums = (state[:, :2].double() * torch.exp(state[:, 2:].detach().double() - common)).clamp(-1e30, 1e30)
-    loss = (y * weight_y).sum().double() + (sums * weight_sums / (1 + sums.detach().abs())).sum()
+    # Weighed by the sum of weights, which cannot cancel as the sum with v can.
+    loss = (y * weight_y).sum().double() + (sums * weight_sums / (1 + sums[:, 1:].detach())).sum()
     loss.backward()
-    grads = [leaves[name].grad for name in ("w", "u", "k", "v", "state")]
-    return dict(zip(NAMES, [y.detach(), sums.detach(), *grads], strict=True))
+    # "state" is the outcome, "d state" the gradient of the initial one.
+    grads = {f"d {name}": leaf.grad for name, leaf in leaves.items()}
+    return {"y": y.detach(), "state": sums.detach(), **grads}
 
 
 def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

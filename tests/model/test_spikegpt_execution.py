@@ -30,7 +30,7 @@ def test_cpu_backend_has_the_losses_spikes_and_gradients_of_the_reference(varian
     fast, plain = make_model(variant, backend="cpu"), make_model(variant, backend="reference")
     spikes = [record_spikes(model) for model in (fast, plain)]
     results = [loss_and_gradients(model) for model in (fast, plain)]
-    assert_same_gradients(*results, 1e-4)
+    assert_same_gradients(*results, 2e-4)
     for name, fired in spikes[1].items():
         assert torch.equal(spikes[0][name][0], fired[0]), name
 
@@ -44,7 +44,10 @@ def test_activation_checkpointing_is_bit_exact_with_dropout(variant):
         results.append(loss_and_gradients(model))
     assert torch.equal(results[0][0], results[1][0])
     for name, expected in results[0][1].items():
-        assert torch.equal(results[1][1][name], expected), name
+        # A LayerNorm fused with the neurons before it sums its weights' gradients in another order.
+        fused = ".ln" in name or name.startswith("ln_out")
+        actual = results[1][1][name]
+        assert float((actual - expected).norm()) <= (1e-6 if fused else 0) * float(expected.norm()), name
 
 
 @pytest.mark.slow
