@@ -1,106 +1,162 @@
-"""WKV and LIF on the CPU, forward and backward, beside the reference and the limit of memory.
+"""Every operator on the CPU, forward and backward, beside the reference and the limit of memory.
 
     python benchmarks/kernels_cpu.py
 
-The limit is the time of the fewest bytes that the operation must move, at the copy bandwidth measured
-in the same rounds: forward reads its inputs and writes its outputs, backward reads inputs and output
-gradients and writes input gradients. Nothing is timed before the results agree with the reference.
+The limit is the time of the fewest bytes that the operator must move, at the copy bandwidth measured in
+the same rounds: forward reads its inputs and writes its outputs, backward reads inputs and output
+gradients and writes input gradients. The copy is of one tensor of the operators' size into another that is
+there already. Nothing is timed before the results agree with the reference.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import arguments, measure, report
+from common import arguments, measure, positive, report
 from torch import Tensor
 
+from spikescale.kernels.activations import sigmoid_gate, squared_relu
+from spikescale.kernels.backend import CPU_BACKENDS
+from spikescale.kernels.layer_norm import layer_norm
 from spikescale.kernels.lif import lif
+from spikescale.kernels.lif_norm import lif_residual_norm
+from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import wkv
+from spikescale.training.allocator import keep_freed_memory
 
-LIF = {
-    "tau": 2.0,
-    "v_threshold": 1.0,
-    "v_reset": 0.0,
-    "soft_reset": False,
-    "detach_reset": False,
-    "surrogate_alpha": 2.0,
-}
-# Tensors of the input's size that must cross the memory bus.
-TENSORS = {"wkv forward": 3, "wkv backward": 5, "lif forward": 2, "lif backward": 3}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def operators(batch: int, length: int, channels: int, backend: str) -> dict[str, Callable[[], Any]]:
-    """The calls to be timed; backward runs on a graph kept from one forward."""
+@dataclass(frozen=True)
+class Operator:
+    """One operator on fixed inputs: `call` gives its outputs, of which `leaves` get gradients.
+
+    Forward and backward move so many tensors of the inputs' dtype, and so many in float32 (the residual
+    stream, and what is normalised).
+    """
+
+    call: Callable[[], tuple[Tensor, ...]]
+    leaves: tuple[Tensor, ...]
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+def operators(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> dict[str, Operator]:
+    """Every operator, on the same random inputs for every backend."""
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
+    def random(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*size, generator=generator)).to(dtype).requires_grad_()
 
-    shape = (batch, length, channels)
-    k, v, x, g = random(*shape), random(*shape), random(*shape), random(*shape).detach()
-    with torch.no_grad():
-        x.mul_(2)
-        w, u = -torch.exp(random(channels)), random(channels)
-    w, u = w.requires_grad_(), u.requires_grad_()
-    y, _ = wkv(w, u, k, v, backend=backend)
-    s, _ = lif(x, backend=backend, **LIF)
+    channels = shape[2]
+    k, v, gate, x = (random(*shape, dtype=dtype, scale=scale) for scale in (1, 1, 1, 2))
+    stream = random(*shape)
+    w = (-torch.exp(torch.randn(channels, generator=generator))).requires_grad_()
+    u, weight, bias = random(channels), random(channels), random(channels)
+    mus = tuple(random(channels) for _ in range(3))
     return {
-        "wkv forward": lambda: wkv(w, u, k, v, backend=backend)[0],
-        "wkv backward": lambda: torch.autograd.grad(y, (w, u, k, v), g, retain_graph=True)[2],
-        "lif forward": lambda: lif(x, backend=backend, **LIF)[0],
-        "lif backward": lambda: torch.autograd.grad(s, x, g, retain_graph=True)[0],
+        "wkv": Operator(lambda: wkv(w, u, k, v, backend=backend)[:1], (k, v, w, u), (3, 0), (5, 0)),
+        "wkv gated": Operator(
+            lambda: wkv(w, u, k, v, gate=gate, backend=backend)[:1], (k, v, gate, w, u), (4, 0), (7, 0)
+        ),
+        "lif": Operator(lambda: lif(x, backend=backend)[:1], (x,), (2, 0), (3, 0)),
+        "token mix": Operator(
+            lambda: tuple(token_mix(stream, mus, dtype=dtype, backend=backend)),
+            (stream, *mus),
+            (3, 1),
+            (3, 2),
+        ),
+        "relu^2": Operator(lambda: (squared_relu(x, backend),), (x,), (2, 0), (3, 0)),
+        "sigmoid gate": Operator(lambda: (sigmoid_gate(gate, v, backend),), (gate, v), (3, 0), (5, 0)),
+        "layer norm": Operator(
+            lambda: (layer_norm(stream, weight, bias, backend=backend),),
+            (stream, weight, bias),
+            (0, 2),
+            (0, 3),
+        ),
+        "lif + norm": Operator(
+            lambda: lif_residual_norm(stream, x, None, weight, bias, backend=backend)[:2],  # type: ignore[return-value]
+            (stream, x, weight, bias),
+            (1, 3),
+            (2, 4),
+        ),
     }
+
+
+def calls(chosen: dict[str, Operator]) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; backward runs on a graph kept from one forward."""
+    timed: dict[str, Callable[[], Any]] = {}
+    for name, operator in chosen.items():
+        outputs = operator.call()
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+
+        def backward(operator: Operator = operator, outputs: Any = outputs, grads: Any = grads) -> Any:
+            return torch.autograd.grad(outputs, operator.leaves, grads, retain_graph=True)
+
+        timed[f"{name} forward"] = operator.call
+        timed[f"{name} backward"] = backward
+    return timed
+
+
+def check(fast: dict[str, Callable[[], Any]], slow: dict[str, Callable[[], Any]], tolerance: float) -> None:
+    """Refuse to time what does not agree."""
+    for name, call in fast.items():
+        for ours, wanted in zip(call(), slow[name](), strict=True):
+            error = float((ours - wanted).detach().float().norm() / wanted.detach().float().norm())
+            if not error < tolerance:
+                raise SystemExit(f"{name}: differs from the reference by {error:.1e}; nothing was timed")
 
 
 def main() -> None:
     """Check, measure, print and write."""
     parser = arguments(__doc__.splitlines()[0], "kernels_cpu")
     parser.add_argument(
-        "--shape", type=int, nargs=3, default=[4, 1024, 512], metavar=("B", "T", "C"), help="size"
+        "--shape", type=positive, nargs=3, default=[4, 1024, 512], metavar=("B", "T", "C"), help="size"
     )
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="of the inputs")
+    parser.add_argument("--backend", default="cpu", choices=["cpu", *CPU_BACKENDS], help="instruction set")
     options = parser.parse_args()
-    batch, length, channels = options.shape
-    fast = operators(batch, length, channels, "cpu")
-    reference = operators(batch, length, channels, "reference")
-    for name, call in fast.items():
-        expected = reference[name]()
-        error = float((call() - expected).detach().norm() / expected.detach().norm())
-        if not error < 1e-5:
-            raise SystemExit(f"{name}: differs from the reference by {error:.1e}; nothing was timed")
-
-    elements = batch * length * channels
-    source, target = torch.randn(elements), torch.empty(elements)
-    timings = measure({"copy": lambda: target.copy_(source), **fast}, options.repeats)
-    slow = measure(reference, 1)
-    byte_seconds = timings["copy"].median / (2 * 4 * elements)
-    threads = torch.get_num_threads()
-    rows, results = [], {}
-    for name, timing in timings.items():
-        limit = TENSORS.get(name, 2) * 4 * elements * byte_seconds
-        core_nanoseconds = timing.median * threads / elements * 1e9
-        rows.append(
-            [
-                name,
-                timing.milliseconds(),
-                f"{limit * 1e3:.2f}",
-                f"{timing.median / limit:.1f}",
-                f"{core_nanoseconds:.2f}",
-                f"{slow[name].median * 1e3:.0f}" if name in slow else "-",
-            ]
-        )
-        results[name] = {
-            "median_seconds": timing.median,
-            "fastest_seconds": timing.fastest,
-            "slowest_seconds": timing.slowest,
-            "limit_seconds": limit,
-            "nanoseconds_element_core": core_nanoseconds,
-            "reference_seconds": slow[name].median if name in slow else None,
-        }
-    title = f"B {batch}, T {length}, C {channels}, float32, {threads} threads, {options.repeats} repeats"
-    columns = ["", "ms: median (range)", "limit ms", "x limit", "ns/element/core", "reference ms"]
-    report(
-        title, columns, rows, {"shape": options.shape, "threads": threads, "timings": results}, options.output
-    )
+    keep_freed_memory()
+    shape = tuple(options.shape)
+    elements, threads = shape[0] * shape[1] * shape[2], torch.get_num_threads()
+    results: dict[str, Any] = {}
+    rows = []
+    for name in options.dtypes:
+        dtype = DTYPES[name]
+        chosen = operators(shape, dtype, options.backend)
+        fast, slow = calls(chosen), calls(operators(shape, dtype, "reference"))
+        check(fast, slow, TOLERANCE[dtype])
+        source, target = torch.randn(elements).to(dtype), torch.empty(elements, dtype=dtype)
+        timings = measure({"copy": lambda s=source, t=target: t.copy_(s), **fast}, options.repeats)
+        reference = measure(slow, 1)
+        copied = timings["copy"].median / (2 * dtype.itemsize)
+        results[name] = {}
+        for what, timing in timings.items():
+            moved = 2 * dtype.itemsize
+            if what != "copy":
+                operator, _, direction = what.rpartition(" ")
+                own, wide = getattr(chosen[operator], direction)
+                moved = own * dtype.itemsize + 4 * wide
+            limit, core = moved * copied, timing.median * threads / elements * 1e9
+            peer = f"{reference[what].median * 1e3:.0f}" if what in reference else "-"
+            compared = [f"{limit * 1e3:.2f}", f"{timing.median / limit:.1f}", f"{core:.2f}", peer]
+            rows.append([name, what, timing.milliseconds(), str(moved), *compared])
+            results[name][what] = {
+                **timing.as_dict(),
+                "bytes_element": moved,
+                "limit_seconds": limit,
+                "nanoseconds_element_core": core,
+                "reference_seconds": reference[what].median if what in reference else None,
+            }
+    size = "B {}, T {}, C {}".format(*shape)
+    title = f"{size}, backend {options.backend}, {threads} threads, {options.repeats} repeats"
+    columns = ["dtype", "", "ms: median (range)", "bytes/element", "limit ms", "x limit", "ns/element/core"]
+    columns.append("reference ms")
+    found = {"shape": shape, "threads": threads, "backend": options.backend, "timings": results}
+    report(title, columns, rows, found, options.output)
 
 
 if __name__ == "__main__":

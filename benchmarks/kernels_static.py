@@ -11,7 +11,7 @@ flash-linear-attention's RWKV-4 (fla/ops/rwkv4/fused_recurrent.py), whose shapes
     SASS         instructions of one thread for one element, on sm_90: those of the loop that moves the most
                  memory (of all the code, if there is no loop), by the memory it moves
     bytes        for one element, what all loads and stores of the launch move, counted by running the same
-                 launch in Triton's interpreter on one sequence of 128 channels
+                 launch in Triton's interpreter on one sequence of 64 channels
     formula      what the kernel's formula says they are; for a whole operator the fewest bytes: inputs read
                  and outputs written once, forward and backward
     depth        loads or stores of one tensor that one program makes one after another
@@ -43,7 +43,7 @@ from spikescale.kernels.ahead_of_time import (
 )
 
 FLA = "fla rwkv4"
-COUNTED_CHANNELS = 128
+COUNTED_CHANNELS = 64
 COLUMNS = ["", "programs", "registers", "stack", "shared", "occupancy %", "SASS", "bytes", "formula", "depth"]
 
 
@@ -83,7 +83,7 @@ def fewest_bytes(variant: str, size: int) -> float:
     if name.startswith("lif_norm"):
         # x, current, x', normed; dx', dnormed, current, x', dx, dcurrent: all but current in float32.
         return (16 if "no norm" in options else 28) + 3 * size
-    if name == "lif bits":
+    if name == "lif_bits":
         return 2 * size + 2 * 4 / 32
     if name.startswith("lif"):
         return 5 * size  # x spikes; x dspikes dx

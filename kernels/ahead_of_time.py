@@ -278,7 +278,7 @@ def _multiple(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-OPERATORS = ("wkv", "lif", "lif_norm", "token_mix", "activations")
+OPERATORS = ("wkv", "lif", "lif_norm", "lif_bits", "token_mix", "activations")
 _NEURON = (2.0, 1.0, 0.0, False, False, 2.0)  # tau, v_threshold, v_reset, soft_reset, detach_reset, alpha
 
 
@@ -288,7 +288,7 @@ Shape = tuple[int, int, int]
 def operator_calls(
     operator: str, shape: Shape, dtype: torch.dtype, device: str = "cpu", chosen_for: Shape | None = None
 ) -> dict[str, Callable[[], Any]]:
-    """Forward and backward of an operator's Triton implementation, by variant.
+    """Forward and backward of an operator's Triton implementation, by variant: a form, then its options.
 
     `operator` is one of OPERATORS, `shape` is (B, T, C). A call takes the gradients of all inputs that can
     have one, so that every kernel is launched. The chunks of time are those chosen for tensors of shape
@@ -332,8 +332,10 @@ def operator_calls(
                 functools.partial(lif, x, row, reset, *learnt),
                 [x, row, tau, vectors[1]],
             )
-        pack, unpack = lif_module.pack_bits, lif_module.unpack_bits
-        calls["lif bits"] = (lambda: [unpack(pack(x.detach()), length, dtype)], [])
+    elif operator == "lif_bits":
+        from spikescale.kernels.lif.triton import pack_bits, unpack_bits
+
+        calls["lif_bits"] = (lambda: [unpack_bits(pack_bits(x.detach()), length, dtype)], [])
     elif operator == "lif_norm":
         from spikescale.kernels.lif_norm.triton import lif_residual_norm_triton
 
@@ -387,16 +389,14 @@ def main() -> None:
     )
     parser.add_argument("--shape", type=int, nargs=3, default=[8, 1024, 768], metavar=("B", "T", "C"))
     parser.add_argument(
-        "--spread", nargs="+", choices=OPERATORS, default=[], metavar="NAME",
-        help="operators of which each variant is compiled for one of the dtypes, in turn, to save time",
-    )  # fmt: skip
+        "--variants", choices=("all", "plain", "full"), default="all", help="those without options, or with"
+    )
     parser.add_argument("--disassemble", action="store_true", help="count instructions too")
     options = parser.parse_args()
     try:
-        for operator, (turn, dtype) in itertools.product(options.operators, enumerate(options.dtypes)):
-            calls = operator_calls(operator, tuple(options.shape), DTYPES[dtype])
-            for number, (variant, call) in enumerate(calls.items()):
-                if operator in options.spread and number % len(options.dtypes) != turn:
+        for operator, dtype in itertools.product(options.operators, options.dtypes):
+            for variant, call in operator_calls(operator, tuple(options.shape), DTYPES[dtype]).items():
+                if options.variants != "all" and ("," in variant) != (options.variants == "full"):
                     continue
                 for target in options.targets:
                     for launch in compiled_launches(call, target, options.disassemble):
