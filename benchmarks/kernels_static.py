@@ -203,15 +203,20 @@ def count(options: argparse.Namespace) -> None:
     print(json.dumps(counted))
 
 
-def counted_in_a_process_of_its_own(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """What `count` prints: a process that compiles cannot interpret."""
+def start_counting(options: argparse.Namespace) -> subprocess.Popen[str]:
+    """`count` in a process of its own: one that compiles cannot interpret."""
     command = [sys.executable, __file__, "--count", "--dtypes", *options.dtypes]
     command += ["--operators", *options.operators, "--shape", *map(str, options.shape)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def finish_counting(process: subprocess.Popen[str]) -> dict[str, list[dict[str, Any]]]:
+    """What it has printed."""
+    output, _ = process.communicate()
+    if process.returncode:
         raise SystemExit("counting the bytes failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 def instructions_per_element(launch: Launch, bytes_per_element: float) -> float | None:
@@ -223,10 +228,10 @@ def instructions_per_element(launch: Launch, bytes_per_element: float) -> float 
     return instructions / moved * bytes_per_element if moved else None
 
 
-def describe(
+def summarise(
     variant: str, dtype: str, shape: Shape, counted: list[dict[str, Any]], compiled: list[list[Launch]]
-) -> list[dict[str, Any]]:
-    """One entry a launch: figures common to the targets, and those of each."""
+) -> dict[str, Any]:
+    """A variant's bytes, and for every launch the figures common to the targets and those of each."""
     size, entries = DTYPES[dtype].itemsize, []
     for traffic, *launches in zip(counted, *compiled, strict=True):
         if {launch.kernel for launch in launches} != {traffic["kernel"]}:
@@ -252,7 +257,15 @@ def describe(
                 },
             }
         )
-    return entries
+    result: dict[str, Any] = {"launches": entries}
+    total = sum(entry["bytes_per_element"] for entry in entries)
+    if variant == FLA:
+        # torch.cat puts the first state before the others: all of them are read and written again.
+        result["host_copy_bytes_per_element"] = 6 * size
+        total += 6 * size
+    result["bytes_per_element"] = total
+    result["fewest_bytes_per_element"] = fewest_bytes(variant, size)
+    return result
 
 
 def rows_of(name: str, result: dict[str, Any]) -> list[list[str]]:
@@ -295,29 +308,24 @@ def main() -> None:
         count(options)
         return
     shape: Shape = tuple(options.shape)
-    counted = counted_in_a_process_of_its_own(options)
-    results = {}
+    counting = start_counting(options)
+    try:
+        compiled = {
+            (variant, dtype): [compiled_launches(call, target) for target in TARGETS]
+            for dtype in options.dtypes
+            for variant, call in all_calls(options.operators, shape, DTYPES[dtype], shape).items()
+        }
+        counted = finish_counting(counting)
+    finally:
+        counting.kill()
+    results, rows = {}, {dtype: [] for dtype in options.dtypes}
+    for (variant, dtype), launches in compiled.items():
+        name = f"{variant}, {dtype}"
+        results[name] = summarise(variant, dtype, shape, counted[name], launches)
+        rows[dtype] += rows_of(variant, results[name])
     for dtype in options.dtypes:
-        rows = []
-        for variant, call in all_calls(options.operators, shape, DTYPES[dtype], shape).items():
-            name, size = f"{variant}, {dtype}", DTYPES[dtype].itemsize
-            compiled = [compiled_launches(call, target) for target in TARGETS]
-            launches = describe(variant, dtype, shape, counted[name], compiled)
-            total = sum(entry["bytes_per_element"] for entry in launches)
-            result: dict[str, Any] = {"launches": launches}
-            if variant == FLA:
-                # torch.cat puts the first state before the others: all of them are read and written again.
-                result["host_copy_bytes_per_element"] = 6 * size
-                total += 6 * size
-            result["bytes_per_element"] = total
-            result["fewest_bytes_per_element"] = fewest_bytes(variant, size)
-            results[name] = result
-            rows += rows_of(variant, result)
-        show(
-            f"{dtype}, B {shape[0]}, T {shape[1]}, C {shape[2]}; columns of four: {', '.join(TARGETS)}",
-            COLUMNS,
-            rows,
-        )
+        where = f"B {shape[0]}, T {shape[1]}, C {shape[2]}"
+        show(f"{dtype}, {where}; columns of four: {', '.join(TARGETS)}", COLUMNS, rows[dtype])
     write_results({"shape": shape, "targets": TARGETS, "operators": results}, options.output)
 
 

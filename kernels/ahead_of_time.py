@@ -382,12 +382,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="NAME")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="NAME")
+    parser.add_argument(
+        "--operators",
+        nargs="+",
+        choices=OPERATORS,
+        default=OPERATORS,
+        metavar="NAME",
+        help="of " + ", ".join(OPERATORS),
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=TARGETS,
+        default=TARGETS,
+        metavar="NAME",
+        help="of " + ", ".join(TARGETS),
+    )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], metavar="NAME"
     )
-    parser.add_argument("--shape", type=int, nargs=3, default=[8, 1024, 768], metavar=("B", "T", "C"))
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[8, 1024, 768], metavar=("B", "T", "C"), help="size"
+    )
     parser.add_argument(
         "--variants", choices=("all", "plain", "full"), default="all", help="those without options, or with"
     )

@@ -94,6 +94,7 @@ class TrainConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware has it
     activation_checkpointing: bool = False  # recompute blocks in backward instead of keeping activations
     compact_activations: bool = True  # keep spikes as bits and recomputed blocks' inputs as counts of spikes
+    fused_loss: Literal["auto", "on", "off"] = "auto"  # head and loss without all logits at once (GPUs)
     compile: bool = False
     threads: Positive | None = None  # CPU threads a rank; None: the cores divided by the ranks
     log_every: Positive = 10

@@ -73,7 +73,12 @@ class SpikeGPT(nn.Module):
         return state
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, reset: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        targets: Tensor | None = None,
+        regulariser: float = 0.0,
     ) -> tuple[Tensor, State]:
         """Logits of the next token at every position, and the state after the last one.
 
@@ -81,9 +86,13 @@ class SpikeGPT(nn.Module):
             tokens: (B, T) int64 below `vocab_size`; not checked here.
             state: what the text before left behind; None: nothing was before.
             reset: (B, T) bool; where true a new document starts, which sees nothing of what was before.
+            targets: (B, T) int64, the next tokens; if given, logits are never held for all tokens at once
+                and losses take their place (`fused_loss`: GPUs, a plain head).
+            regulariser: of the logits, for that loss.
 
         Returns:
-            logits (B, T, V), and a new state; the one passed in is not changed. Gradients flow from one
+            logits (B, T, V), with `targets` a tensor (2,) of the loss to minimise and the cross-entropy to
+            report in nats a token; and a new state; the one passed in is not changed. Gradients flow from one
             call into the one before unless the state is cut by `detach_state`.
         """
         if state is None:
@@ -107,7 +116,12 @@ class SpikeGPT(nn.Module):
             normed = self.ln_out(x)
         x, entries = fire(self.head_neuron, "head", normed, state[-1], reset)
         new_state[-1].update(entries)
-        return self.head(x), new_state
+        if targets is None:
+            return self.head(x), new_state
+        from spikescale.model.fused_loss import fused_language_model_loss
+
+        weight = cast(Tensor, self.head.weight)
+        return torch.stack(fused_language_model_loss(x, weight, targets, regulariser)), new_state
 
     @property
     def compact_activations(self) -> bool:

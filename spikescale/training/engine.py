@@ -1,5 +1,6 @@
 """The DeepSpeed engine: its settings from ours, and a checkpoint reader that executes nothing."""
 
+import importlib.util
 import pickle
 import re
 from pathlib import Path
@@ -20,6 +21,20 @@ def has_bfloat16(device: torch.device) -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     features = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
     return any(feature in features for feature in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def uses_fused_loss(config: RunConfig, device: torch.device) -> bool:
+    """Whether head and loss are one computation on this device. Raises UserError if they must but cannot."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = f"its kernels run on GPUs, not on {device.type}"
+    elif config.zero.stage == 3:
+        obstacle = "zero.stage 3 shards the head's weights; use a stage up to 2"
+    elif importlib.util.find_spec("fla") is None:
+        obstacle = "flash-linear-attention is not installed (pip install 'spikescale[gpu]')"
+    if config.train.fused_loss == "on" and obstacle:
+        raise UserError(f"train.fused_loss = on: {obstacle}")
+    return config.train.fused_loss != "off" and not obstacle
 
 
 def micro_batching(config: RunConfig, world_size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from spikescale.training.bootstrap import (
     set_threads,
 )
 from spikescale.training.checkpoint import is_write_failure, write_failure
-from spikescale.training.engine import has_bfloat16, micro_batching
+from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_loss
 from spikescale.training.run import Inputs, Pretraining
 
 
@@ -36,6 +36,7 @@ def pretrain(config: RunConfig, process: Process) -> None:
     if process.device.type == "cpu":
         keep_freed_memory()
     agreed(process, lambda: micro_batching(config, process.world_size))
+    agreed(process, lambda: uses_fused_loss(config, process.device))
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"
     manifest = agreed(process, lambda: load_manifest(config.data.path, verify))

@@ -20,7 +20,13 @@ from spikescale.training.agreement import AgreedError
 from spikescale.training.bootstrap import Process
 from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
 from spikescale.training.console import TrainingConsole
-from spikescale.training.engine import build_engine, gradient_norm, local_gradient_norm, micro_batching
+from spikescale.training.engine import (
+    build_engine,
+    gradient_norm,
+    local_gradient_norm,
+    micro_batching,
+    uses_fused_loss,
+)
 from spikescale.training.flops import measured_peak, training_flops_per_token
 from spikescale.training.records import RunRecords
 from spikescale.training.report import final_report, sample_texts
@@ -59,6 +65,7 @@ class Pretraining:
         self.model = SpikeGPT(model, seed=train.seed)
         self.model.activation_checkpointing = train.activation_checkpointing
         self.model.compact_activations = train.compact_activations
+        self.fused_loss = uses_fused_loss(config, process.device)
         seed_everything(train.seed, process.rank)
         self.engine = build_engine(self.model, config, process)
         self.tokens_per_step = train.batch_size * model.context_length
@@ -135,8 +142,7 @@ class Pretraining:
             tokens = tokens.to(self.process.device, non_blocking=True)
             if measure and last:
                 self._monitor_neurons(True)
-            logits, _ = engine(tokens[:, :-1])
-            total, loss = language_model_loss(logits, tokens[:, 1:], train.logit_regulariser)
+            total, loss = self._losses(tokens[:, :-1], tokens[:, 1:])
             engine.backward(total)
             losses += loss.detach()
             if measure and last and self.config.zero.stage == 0:
@@ -150,6 +156,15 @@ class Pretraining:
             torch.distributed.all_reduce(losses)
             losses /= self.process.world_size
         return float(losses), norm if norm is not None else gradient_norm(engine)
+
+    def _losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to minimise and the cross-entropy to report."""
+        regulariser = self.config.train.logit_regulariser
+        if self.fused_loss:
+            losses, _ = self.engine(tokens, targets=targets, regulariser=regulariser)
+            return losses[0], losses[1].detach()
+        logits, _ = self.engine(tokens)
+        return language_model_loss(logits, targets, regulariser)
 
     def _monitor_neurons(self, on: bool) -> None:
         for _, neuron in self.model.neurons():
@@ -290,7 +305,8 @@ class Pretraining:
         if self.process.device.type == "cpu":
             build_operators(model.backend)
         kernels = choose_backend("wkv", model.backend, self.process.device.type, dtype)
-        self.console.say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}")
+        loss = ", loss fused with the head" if self.fused_loss else ""
+        self.console.say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}{loss}")
         if not self.manifest.totals("valid").tokens:
             self.console.say("no validation split: nothing is validated, and no checkpoint is the best")
         if self.step:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 pytest.importorskip("fla")
 
+from model_cases import make_model, make_tokens
+
+from spikescale.config import RunConfig
 from spikescale.errors import UserError
 from spikescale.model import fused_loss, language_model_loss
 from spikescale.model.fused_loss import chunk_tokens, fused_language_model_loss
+from spikescale.training.engine import uses_fused_loss
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: run pytest without -m gpu"
@@ -130,3 +135,31 @@ def test_a_missing_fla_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla.modules.fused_cross_entropy.ops", None)
     with pytest.raises(UserError, match=r"needs flash-linear-attention.*pip install 'spikescale\[gpu\]'"):
         fused_language_model_loss(*make_case())
+
+
+def test_a_model_given_targets_has_the_loss_and_gradients_of_its_logits():
+    model, tokens = make_model(backend="cpu"), make_tokens(2, 12)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    losses, state = model(inputs, targets=targets, regulariser=1e-3)
+    fused = torch.autograd.grad(losses[0], list(model.parameters()))
+    logits, expected_state = model(inputs)
+    expected = language_model_loss(logits, targets, 1e-3)
+    assert torch.allclose(losses, torch.stack(expected), rtol=1e-6)
+    for ours, wanted in zip(fused, torch.autograd.grad(expected[0], list(model.parameters())), strict=True):
+        assert relative(ours, wanted) <= 1e-5
+    assert torch.equal(state[1]["time_neuron"], expected_state[1]["time_neuron"])
+
+
+def test_the_fused_loss_is_chosen_on_gpus_and_can_be_forced_and_forbidden():
+    def run(choice, stage=1):
+        return RunConfig(data={"path": Path("x")}, train={"fused_loss": choice}, zero={"stage": stage})
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert uses_fused_loss(run("auto"), gpu)
+    assert not uses_fused_loss(run("auto"), cpu)
+    assert not uses_fused_loss(run("auto", 3), gpu)
+    assert not uses_fused_loss(run("off"), gpu)
+    with pytest.raises(UserError, match="fused_loss = on: its kernels run on GPUs, not on cpu"):
+        uses_fused_loss(run("on"), cpu)
+    with pytest.raises(UserError, match=r"zero\.stage 3 shards the head"):
+        uses_fused_loss(run("on", 3), gpu)
