@@ -14,7 +14,8 @@ flash-linear-attention's RWKV-4 (fla/ops/rwkv4/fused_recurrent.py), whose shapes
                  launch in Triton's interpreter on one sequence of 64 channels
     formula      what the kernel's formula says they are; for a whole operator the fewest bytes: inputs read
                  and outputs written once, forward and backward
-    depth        loads or stores of one tensor that one program makes one after another
+    depth        loads or stores of one row of a tensor that one program makes one after another: tokens,
+                 chunks or blocks; a tensor of several rows for each of them counts once
 
 An element is one of (B, T, C). Sums that torch makes of a kernel's partial sums are not counted.
 """
@@ -22,6 +23,7 @@ An element is one of (B, T, C). Sums that torch makes of a kernel's partial sums
 import argparse
 import bisect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -124,6 +126,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
+        self.rows: dict[int, int] = {}
         self.starts: list[int] = []
         self.accesses: Counter[tuple[int, int, bool]] = Counter()
         self.program = 0
@@ -143,14 +146,18 @@ class Traffic:
             self.launches.append({"kernel": executor.fn.__name__, "bytes": 0})
             self.accesses.clear()
             original(executor, *args, **kwargs)
-            self.launches[-1]["depth"] = max(self.accesses.values())
+            self.launches[-1]["depth"] = max(
+                math.ceil(times / self.rows[self.starts[tensor - 1]])
+                for (_, tensor, _), times in self.accesses.items()
+            )
 
         return call
 
     def _arguments(self, original: Any) -> Any:
         def arguments_on_host(executor: Any, args: Any, kwargs: Any) -> Any:
             tensors = [x for x in _flat((args, tuple(kwargs.values()))) if hasattr(x, "data_ptr")]
-            self.starts = sorted({x.untyped_storage().data_ptr() for x in tensors})
+            self.rows = {x.untyped_storage().data_ptr(): _rows(x.shape) for x in tensors}
+            self.starts = sorted(self.rows)
             return original(executor, args, kwargs)
 
         return arguments_on_host
@@ -174,6 +181,12 @@ class Traffic:
             return original(builder, pointers, *rest)
 
         return access
+
+
+def _rows(shape: torch.Size) -> int:
+    """Rows that a tensor (batch, ..., channels) has for every token or chunk, of which there are more."""
+    inner = shape[1:-1]
+    return max(1, math.prod(inner) // max(inner)) if inner and max(inner) else 1
 
 
 def _flat(value: Any) -> Iterator[Any]:
