@@ -3,9 +3,11 @@
 from spikescale.config.load import load_config, load_model_preset
 from spikescale.config.schema import (
     DataConfig,
+    FaultConfig,
     MlflowConfig,
     ModelConfig,
     NeuronConfig,
+    ParallelConfig,
     RunConfig,
     TrainConfig,
     ZeroConfig,
@@ -13,9 +15,11 @@ from spikescale.config.schema import (
 
 __all__ = [
     "DataConfig",
+    "FaultConfig",
     "MlflowConfig",
     "ModelConfig",
     "NeuronConfig",
+    "ParallelConfig",
     "RunConfig",
     "TrainConfig",
     "ZeroConfig",

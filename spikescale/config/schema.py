@@ -72,6 +72,52 @@ class ZeroConfig(Strict):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     reduce_bucket_size: Positive = 20_000_000  # elements
     allgather_bucket_size: Positive = 20_000_000  # elements
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # where the optimizer's state lives
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"  # where sharded weights wait (stage 3)
+    nvme_path: Path | None = None  # folder on a fast local disk, for nvme
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ZeroConfig":
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError("offload_optimizer needs a stage from 1 to 3: at stage 0 nothing is sharded")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError("offload_optimizer = nvme needs stage 3")
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError("offload_parameters needs stage 3, where weights are sharded")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise ValueError("nvme_path is missing: offloading to nvme needs a folder on a local disk")
+        return self
+
+
+class ParallelConfig(Strict):
+    """How one model and one sequence are divided over ranks; the ranks left over share the batch.
+
+    Ranks are numbered with the tensor index fastest, then the context index, then the data index.
+    """
+
+    tensor: Positive = 1  # ranks that each hold a part of the channels and of the vocabulary
+    context: Positive = 1  # ranks that each read a part of every sequence
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ParallelConfig":
+        if self.tensor > 1 and self.context > 1:
+            raise ValueError("tensor and context do not go together: set one of them to 1")
+        return self
+
+
+class FaultConfig(Strict):
+    """What a run does when something goes wrong while it trains."""
+
+    nonfinite_limit: Positive = 3  # steps in a row with a loss or gradient that is not finite, then roll back
+    spike_window: Annotated[int, Field(ge=8)] = 64  # logged losses that a new one is compared with
+    spike_z: Annotated[float, Field(gt=0)] = 8.0  # robust z-score from which a loss counts as a spike
+    spike_action: Literal["off", "warn", "skip", "roll-back"] = "warn"
+    rollback_limit: Count = 3  # roll-backs of one run, then it ends
+    hang_seconds: Annotated[float, Field(ge=0)] = 1800.0  # without a step, then stacks are dumped; 0: never
+    dead_rate: Fraction = 0.0  # a neuron that fires at no more of its tokens is dead
+    saturated_rate: Fraction = 0.95  # one that fires at no less is saturated
+    silent_share: Fraction = 0.9  # dead neurons in a layer from which on it is warned of
+    saturated_share: Fraction = 0.5  # saturated neurons in a layer from which on it is warned of
 
 
 class TrainConfig(Strict):
@@ -109,6 +155,7 @@ class TrainConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     trigram_baseline: bool = False  # fit a byte trigram model on the training text, for the final table
     save_every: Count = 200  # 0: only at the end
+    save_async: bool = False  # copy the state and go on; write it in the background
     keep_last: Positive = 2
     seed: Count = 0
 
@@ -139,12 +186,26 @@ class RunConfig(Strict):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     zero: ZeroConfig = ZeroConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    faults: FaultConfig = FaultConfig()
     mlflow: MlflowConfig = MlflowConfig()
 
     @model_validator(mode="after")
     def _supported_together(self) -> "RunConfig":
         if self.zero.stage == 3 and self.train.compile:
             raise ValueError("train.compile does not work with zero.stage 3: use a stage up to 2")
+        tensor, context = self.parallel.tensor, self.parallel.context
+        if tensor > 1 and self.zero.stage == 3:
+            raise ValueError("parallel.tensor does not work with zero.stage 3: use a stage up to 2")
+        if self.model.width % tensor:
+            raise ValueError(f"parallel.tensor = {tensor} does not divide model.width = {self.model.width}")
+        if self.model.context_length % context:
+            raise ValueError(
+                f"parallel.context = {context} does not divide"
+                f" model.context_length = {self.model.context_length}"
+            )
+        if self.train.compile and max(tensor, context) > 1:
+            raise ValueError("train.compile does not work with parallel.tensor or parallel.context")
         return self
 
     @property
