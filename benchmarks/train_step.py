@@ -53,8 +53,8 @@ def build(rows: list[str], config: ModelConfig, tokens: int) -> tuple[dict[str, 
     for name in rows:
         try:
             steps[name] = GemmFloor(config, tokens) if name == FLOOR else MODELS[name](config)
-        except MissingPeerError as error:
-            skipped[name] = str(error)
+        except (MissingPeerError, ImportError) as error:  # transformers imports its models when they are named
+            skipped[name] = " ".join(str(error).split())
     return steps, skipped
 
 

@@ -38,14 +38,6 @@ inline vec further(const Column& c, vec sum) { return multiply_add(c.decay, sum,
 template <bool FULL, typename T>
 inline void backward_moderate(const Column& c, Past past, Future& future, const Tokens<T>& in,
                               const Gradients<T>& grad, Totals& totals) {
-    in.prefetch(in.k);
-    in.prefetch(in.v);
-    in.prefetch(in.gate);
-    in.prefetch(grad.y);
-    in.prefetch(grad.k);
-    in.prefetch(grad.v);
-    in.prefetch(grad.gate);
-
     struct {
         vec weight, over, pull, direct, apart, step, moved;
     } tokens[CHUNK];
@@ -53,6 +45,11 @@ inline void backward_moderate(const Column& c, Past past, Future& future, const 
     const vec start = past.base;
     vec gu{}, shift{};
     for (int i = 0; i < in.count; i++) {
+        in.prefetch(in.k, i);
+        in.prefetch(in.v, i);
+        in.prefetch(in.gate, i);
+        in.prefetch(grad.y, i);
+        in.prefetch(grad.gate, i);
         if (in.empties(i)) past.empty();
         auto& token = tokens[i];
         bool any_moved;
@@ -78,6 +75,8 @@ inline void backward_moderate(const Column& c, Past past, Future& future, const 
     vec s = rescale * future.s, d = rescale * future.d, s1 = rescale * future.s1, d1 = rescale * future.d1, gw{};
     for (int i = in.count - 1; i >= 0; i--) {
         const auto& token = tokens[i];
+        in.prefetch(grad.k, i);
+        in.prefetch(grad.v, i);
         if (grad.k) {
             const vec gk = multiply_add(token.weight, multiply_add(token.apart, s, -d), token.direct);
             store<FULL>(gk, grad.k + i * in.stride, in.lanes);

@@ -80,11 +80,11 @@ inline vec weigh(Past& p, vec k, bool& any_moved, vec& moved) {
 
 template <bool FULL, typename T>
 inline void forward_moderate(const Column& c, Past& past, const Tokens<T>& in, T* y) {
-    in.prefetch(in.k);
-    in.prefetch(in.v);
-    in.prefetch(in.gate);
-    in.prefetch(y);
     for (int i = 0; i < in.count; i++) {
+        in.prefetch(in.k, i);
+        in.prefetch(in.v, i);
+        in.prefetch(in.gate, i);
+        in.prefetch(y, i);
         if (in.empties(i)) past.empty();
         bool any_moved;
         vec moved;

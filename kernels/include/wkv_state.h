@@ -39,13 +39,13 @@ struct Tokens {
 
     bool empties(int i) const { return reset && reset[i]; }
 
-    // Asks for the rows of the next tokens, of a tensor whose rows of these tokens start at `rows` or null. The
-    // hardware does not see where the next row is, one row of all channels away. Not into the smallest cache,
+    // Asks for the row of the token whose turn is next where token i is now, of a tensor whose rows of these tokens
+    // start at `rows` or null. The hardware does not see where the next row is, one row of all channels away. A row at
+    // a time, between the arithmetic: a burst would fill the queue of misses, and wait. Not into the smallest cache,
     // where rows a power of two apart fall on one another.
-    void prefetch(const T* rows) const {
+    void prefetch(const T* rows, int i) const {
         if (!rows || !ahead) return;
-        for (int i = 0; i < CHUNK; i++)
-            __builtin_prefetch((const void*)(uintptr_t(rows) + (i + ahead) * stride * int64_t(sizeof(T))), 0, 2);
+        __builtin_prefetch((const void*)(uintptr_t(rows) + (i + ahead) * stride * int64_t(sizeof(T))), 0, 2);
     }
 };
 
