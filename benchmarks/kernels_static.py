@@ -85,14 +85,14 @@ def fewest_bytes(variant: str, size: int) -> float:
     if name.startswith("lif_norm"):
         # x, current, x', normed; dx', dnormed, current, x', dx, dcurrent: all but current in float32.
         return (16 if "no norm" in options else 28) + 3 * size
-    if name == "lif_bits":
-        return 2 * size + 2 * 4 / 32
+    if name == "spike_bits":
+        return 2 * size + 2 / 8
     if name.startswith("lif"):
         return 5 * size  # x spikes; x dspikes dx
     if name.startswith("token_mix"):
         mixtures = int(name.split(" ")[-1])
         return (3 + 2 * mixtures) * size
-    return {"squared_relu": 5, "sigmoid_gate": 8}[name] * size
+    return {"squared_relu": 5, "sigmoid_gate": 8, "layer_norm": 5}[name] * size
 
 
 def formula(kernel: str, variant: str, shape: Shape, size: int) -> float | None:
@@ -112,6 +112,8 @@ def formula(kernel: str, variant: str, shape: Shape, size: int) -> float | None:
             return size * (edge + mixtures) + 4 * mixtures / CHUNK
         return size * (edge + mixtures * edge + 1) + 8 * mixtures / CHUNK
     return {
+        "pack_kernel": size + 1 / 8,
+        "unpack_kernel": size + 1 / 8,
         "fused_recurrent_rwkv4_forward_kernel": 6 * size,
         "fused_recurrent_rwkv4_backward_kernel": 8 * size,
         "squared_relu_forward_kernel": 2 * size,
@@ -315,8 +317,14 @@ def main() -> None:
         "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of k, v, x"
     )
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS), help="which")
+    parser.add_argument(
+        "--quick", action="store_true", help="one operator at a tiny size, to see that it runs"
+    )
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.shape, options.dtypes = [1, 16, COUNTED_CHANNELS], ["float32"]
+        options.operators = ["activations"]
     if options.count:
         count(options)
         return

@@ -72,10 +72,15 @@ class TrainingStep:
         return sum(parameter.numel() for parameter in self.parameters)
 
 
-def spikegpt(config: ModelConfig, checkpointing: bool = False, **options: Any) -> TrainingStep:
-    """The step of this project's model; `options` go to `TrainingStep`."""
+def spikegpt(
+    config: ModelConfig, checkpointing: bool = False, compact: bool = True, **options: Any
+) -> TrainingStep:
+    """The step of this project's model; `options` go to `TrainingStep`.
+
+    `compact`: activations are kept as counts of spikes and as bits where they can be.
+    """
     model = SpikeGPT(config)
-    model.activation_checkpointing = checkpointing
+    model.activation_checkpointing, model.compact_activations = checkpointing, compact
     return TrainingStep(model, lambda tokens: model(tokens)[0], **options)
 
 
@@ -85,8 +90,28 @@ def spikegpt_without_dropout(config: ModelConfig, **options: Any) -> TrainingSte
 
 
 def spikegpt_checkpointed(config: ModelConfig, **options: Any) -> TrainingStep:
-    """The same with activation checkpointing."""
+    """The preset with activation checkpointing. With dropout the stream is no count: it stays in float32."""
     return spikegpt(config, checkpointing=True, **options)
+
+
+def checkpointed_counts(config: ModelConfig, **options: Any) -> TrainingStep:
+    """Activation checkpointing with dropout 0: block inputs are kept as counts of spikes, a byte each."""
+    return spikegpt_without_dropout(config, checkpointing=True, **options)
+
+
+def checkpointed_floats(config: ModelConfig, **options: Any) -> TrainingStep:
+    """The same with block inputs kept in float32."""
+    return checkpointed_counts(config, compact=False, **options)
+
+
+def driven_bits(config: ModelConfig, **options: Any) -> TrainingStep:
+    """Variant spikegpt-driven with dropout 0: the spikes that its projections read are kept as bits."""
+    return spikegpt_without_dropout(config.model_copy(update={"variant": "spikegpt-driven"}), **options)
+
+
+def driven_numbers(config: ModelConfig, **options: Any) -> TrainingStep:
+    """The same with spikes kept in bfloat16, as projections read them."""
+    return driven_bits(config, compact=False, **options)
 
 
 class GemmFloor:
@@ -320,6 +345,10 @@ MODELS: dict[str, Callable[..., TrainingStep]] = {
     "spikegpt": spikegpt,
     "spikegpt-no-dropout": spikegpt_without_dropout,
     "spikegpt-checkpointed": spikegpt_checkpointed,
+    "checkpointed-counts": checkpointed_counts,
+    "checkpointed-floats": checkpointed_floats,
+    "driven-bits": driven_bits,
+    "driven-numbers": driven_numbers,
     "gpt2": gpt2,
     "rwkv": rwkv,
     "spikingjelly": spikingjelly,

@@ -7,9 +7,10 @@ probable one after the other, in interleaved rounds. All weights are random; the
 with its cache, the package rwkv) have the same depth, width and vocabulary. Two limits are measured in the
 same rounds: memory, the bytes of all matrices once a step at the bandwidth of a copy (bytes read and
 written), and arithmetic, the multiply-adds of all matrices for all rows at the speed of a large matrix
-product. Weights that zeros would be multiplied with are read as well, except in the rows "zeros skipped",
-which must not be held against the limit: a trained model of 4 layers and width 192 had 72 to 81% zeros after
-relu^2, and the random ones are given as many.
+product. The nearer of the two is the one that takes longer, which no step can pass: memory with few rows,
+arithmetic with many. The table names it in every row. Weights that zeros would be multiplied with are read as
+well, except in the rows "zeros skipped", which must not be held against the limit: a trained model of 4
+layers and width 192 had 72 to 81% zeros after relu^2, and the random ones are given as many.
 """
 
 import argparse
@@ -324,6 +325,7 @@ def compare(name: str, config: ModelConfig, batch: int, options: argparse.Namesp
         timing = Timing(statistics.median(times), min(times), max(times))
         memory = contender.matrix_bytes / rate["copy"]
         arithmetic = 2 * batch * contender.matrix_elements / rate[str(contender.dtype)]
+        nearer = "memory" if memory >= arithmetic else "arithmetic"
         kind = str(contender.dtype).removeprefix("torch.")
         rows.append(
             [
@@ -335,6 +337,7 @@ def compare(name: str, config: ModelConfig, batch: int, options: argparse.Namesp
                 f"{memory * 1e3:.2f}",
                 f"{memory / timing.median:.2f}",
                 f"{arithmetic * 1e3:.2f}",
+                nearer,
                 f"{max(memory, arithmetic) / timing.median:.2f}",
             ]
         )
@@ -348,18 +351,19 @@ def compare(name: str, config: ModelConfig, batch: int, options: argparse.Namesp
                 "memory_limit_seconds": memory,
                 "share_of_memory_limit": memory / timing.median,
                 "arithmetic_limit_seconds": arithmetic,
+                "nearer_limit": nearer,
                 "share_of_nearer_limit": max(memory, arithmetic) / timing.median,
             }
         )
-    rows += [[name, "-", "-", reason, *["-"] * 5] for name, reason in missing]
+    rows += [[name, "-", "-", reason, *["-"] * 6] for name, reason in missing]
     title = (
         f"{name}: {config.layers} layers, width {config.width}, {config.vocab_size} symbols, batch {batch},"
         f" {options.threads} threads, {options.repeats} rounds of {options.tokens} tokens; copy"
         f" {rate['copy'] / 1e9:.1f} GB/s, read {rate['read'] / 1e9:.1f} GB/s, products"
         f" {rate['torch.float32'] / 1e9:.0f} and {rate['torch.bfloat16'] / 1e9:.0f} GFLOP/s"
     )
-    columns = ["", "weights", "MB", "ms a step: median (range)", "tokens/s", "memory ms", "share"]
-    show(title, [*columns, "arithmetic ms", "share of the nearer"], rows)
+    columns = ["", "weights", "MB", "ms a step: median (range)", "tokens/s", "memory ms", "share of it"]
+    show(title, [*columns, "arithmetic ms", "nearer limit", "share of the nearer"], rows)
     return {"preset": name, "batch": batch, "rates": rate, "contenders": results, "not_run": dict(missing)}
 
 

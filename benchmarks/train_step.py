@@ -3,15 +3,22 @@
     python benchmarks/train_step.py --profile
 
 Rows, in interleaved rounds of one run, all with bfloat16 autocast and the same optimizer (`peers.py`):
-the GEMM floor, that is the same projections alone; SpikeGPT as the preset has it, without dropout, and with
-activation checkpointing; Hugging Face's GPT-2 and RWKV-4 of the same size; SpikeGPT from SpikingJelly's
-multi-step LIF node and a loop over tokens. The two that loop over tokens take up to a minute a step: they
-are timed once, after three steps of 16 tokens, when the others are done. The peers have no dropout.
-"x slower" is against the row SpikeGPT, the preset as it is.
+
+- the GEMM floor, that is the same projections alone;
+- SpikeGPT as the preset has it, without dropout, and with activation checkpointing;
+- what spikes save, without dropout: checkpoints kept as counts of spikes or in float32, and in the variant
+  spikegpt-driven the spikes that projections read, kept as bits or in bfloat16 (with the preset's dropout the
+  residual stream is no count, and checkpoints stay in float32);
+- Hugging Face's GPT-2 and RWKV-4 of the same size; SpikeGPT from SpikingJelly's multi-step LIF node and a
+  loop over tokens.
+
+The two that loop over tokens take up to a minute a step: they are timed once, after three steps of 16 tokens,
+when the others are done. The peers have no dropout. "x slower" is against the row SpikeGPT, the preset as it
+is.
 
 Peak memory (`peers.step_memory`) and its growth in tokens and layers are those of the resident set, each in
 a process of its own: "MB" is what a step adds to the model, "MB act." the part that gradients and moments
-do not explain.
+do not explain. Growth is that of the preset, and of checkpoints as counts, which have dropout 0.
 """
 
 import argparse
@@ -34,6 +41,10 @@ TITLES = {
     "spikegpt": "SpikeGPT",
     "spikegpt-no-dropout": "SpikeGPT, dropout 0",
     "spikegpt-checkpointed": "SpikeGPT, checkpointed",
+    "checkpointed-counts": "checkpointed, dropout 0, counts",
+    "checkpointed-floats": "checkpointed, dropout 0, float32",
+    "driven-bits": "driven, dropout 0, bits",
+    "driven-numbers": "driven, dropout 0, bf16",
     "gpt2": "HF GPT-2",
     "rwkv": "HF RWKV-4",
     "spikingjelly": "SpikingJelly and loop",
@@ -53,7 +64,10 @@ def build(rows: list[str], config: ModelConfig, tokens: int) -> tuple[dict[str, 
     for name in rows:
         try:
             steps[name] = GemmFloor(config, tokens) if name == FLOOR else MODELS[name](config)
-        except (MissingPeerError, ImportError) as error:  # transformers imports its models when they are named
+        except (
+            MissingPeerError,
+            ImportError,
+        ) as error:  # transformers imports its models when they are named
             skipped[name] = " ".join(str(error).split())
     return steps, skipped
 
@@ -134,7 +148,10 @@ def formatted(value: float | None, style: str, unit: float = 1) -> str:
 
 
 def measure_growth(config: ModelConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak bytes of activations at batch 1 by length, then by depth, without and with checkpointing."""
+    """Peak bytes of activations at batch 1 by length, then by depth, without and with checkpointing.
+
+    Checkpoints are counts of spikes, for which dropout is 0.
+    """
     points = [(length, config.layers) for length in options.growth_lengths]
     points += [(options.length, layers) for layers in options.growth_layers]
     growth = []
@@ -142,7 +159,7 @@ def measure_growth(config: ModelConfig, options: argparse.Namespace) -> list[dic
         deep = config.model_copy(update={"layers": layers})
         kept, recomputed = (
             in_own_process(step_memory, name, deep, 1, length, options.threads)["activation_bytes"]
-            for name in ("spikegpt", "spikegpt-checkpointed")
+            for name in ("spikegpt", "checkpointed-counts")
         )
         growth.append({"length": length, "layers": layers, "bytes": kept, "checkpointed_bytes": recomputed})
     return growth
@@ -160,7 +177,8 @@ def show_growth(growth: list[dict[str, Any]]) -> None:
         ]
         for point in growth
     ]
-    columns = ["", "MB", "KB a token and layer", "checkpointed: MB", "KB a token and layer"]
+    columns = ["", "MB", "KB a token and layer", "checkpointed as counts, dropout 0: MB"]
+    columns.append("KB a token and layer")
     show("Peak memory of activations, batch 1", columns, rows)
 
 

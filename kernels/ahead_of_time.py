@@ -278,7 +278,7 @@ def _multiple(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-OPERATORS = ("wkv", "lif", "lif_norm", "lif_bits", "token_mix", "activations")
+OPERATORS = ("wkv", "lif", "lif_norm", "layer_norm", "token_mix", "activations", "spike_bits")
 _NEURON = (2.0, 1.0, 0.0, False, False, 2.0)  # tau, v_threshold, v_reset, soft_reset, detach_reset, alpha
 
 
@@ -332,10 +332,20 @@ def operator_calls(
                 functools.partial(lif, x, row, reset, *learnt),
                 [x, row, tau, vectors[1]],
             )
-    elif operator == "lif_bits":
-        from spikescale.kernels.lif.triton import pack_bits, unpack_bits
+    elif operator == "spike_bits":
+        from spikescale.kernels.spike_bits.triton import pack_spikes_triton, unpack_spikes_triton
 
-        calls["lif_bits"] = (lambda: [unpack_bits(pack_bits(x.detach()), length, dtype)], [])
+        def there_and_back() -> list[Tensor]:
+            bits = pack_spikes_triton(x, sure=True)
+            assert bits is not None
+            return [unpack_spikes_triton(bits, x.shape, dtype)]
+
+        calls["spike_bits"] = (there_and_back, [])
+    elif operator == "layer_norm":
+        from spikescale.kernels.layer_norm.triton import layer_norm_triton
+
+        scale, offset = random(channels, of=dtype), random(channels, of=dtype)
+        calls["layer_norm"] = (lambda: layer_norm_triton(x, scale, offset, 1e-5), [x, scale, offset])
     elif operator == "lif_norm":
         from spikescale.kernels.lif_norm.triton import lif_residual_norm_triton
 

@@ -29,6 +29,9 @@ CPU_BACKENDS = tuple(f"cpu-{name}" for name in INSTRUCTION_SETS)
 BACKENDS = ("auto", "reference", "cpu", *CPU_BACKENDS, "triton")
 OPERATORS = ("activations", "layer_norm", "lif", "lif_norm", "spike_bits", "token_mix", "wkv")  # of the model
 CPU_DTYPES = (torch.float32, torch.bfloat16)
+# Operators whose C++ takes other dtypes, and those whose reference is a kernel of torch's and not slow.
+OTHER_CPU_DTYPES = {"layer_norm": (torch.float32,)}
+TORCHS_OWN = ("layer_norm",)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("spikescale.kernels")
@@ -47,11 +50,11 @@ def choose_backend(operator: str, requested: str, device: str, dtype: torch.dtyp
     if requested == "reference":
         return _announce(operator, "reference", device, dtype, "as asked")
     if requested == "triton":
-        if unsupported := _unsupported_by_triton(device, dtype):
+        if unsupported := _unsupported_by_triton(operator, device, dtype):
             raise UserError(f"backend 'triton' of {operator}: {unsupported}; use 'auto' or 'reference'")
         return _announce(operator, "triton", device, dtype, "as asked")
     if requested.startswith("cpu"):
-        if unsupported := _unsupported_by_cpu(device, dtype):
+        if unsupported := _unsupported_by_cpu(operator, device, dtype):
             raise UserError(f"backend {requested!r} of {operator}: {unsupported}; use 'auto' or 'reference'")
         backend = _cpu_backend(requested)
         _load_cpu(operator, backend)
@@ -76,19 +79,25 @@ def build_operators(requested: str) -> None:
 
 def _choose_freely(operator: str, device: str, dtype: torch.dtype) -> str:
     if device != "cpu":
-        if unsupported := _unsupported_by_triton(device, dtype):
-            _warn_slow(operator, unsupported)
-            return "reference"
+        if unsupported := _unsupported_by_triton(operator, device, dtype):
+            return _fall_back(operator, device, dtype, unsupported)
         return _announce(operator, "triton", device, dtype, "on a GPU")
-    if unsupported := _unsupported_by_cpu(device, dtype):
-        return _announce(operator, "reference", device, dtype, unsupported)
+    if unsupported := _unsupported_by_cpu(operator, device, dtype):
+        own = "torch's own, as " if operator in TORCHS_OWN else ""
+        return _announce(operator, "reference", device, dtype, own + unsupported)
     backend = _cpu_backend("cpu")
     try:
         _load_cpu(operator, backend)
     except BuildError as error:
-        _warn_slow(operator, str(error))
-        return "reference"
+        return _fall_back(operator, device, dtype, str(error))
     return _announce(operator, backend, device, dtype, "compiled C++")
+
+
+def _fall_back(operator: str, device: str, dtype: torch.dtype, complaint: str) -> str:
+    if operator in TORCHS_OWN:
+        return _announce(operator, "reference", device, dtype, f"torch's own, as {complaint}")
+    _warn_slow(operator, complaint)
+    return "reference"
 
 
 def _cpu_backend(requested: str) -> str:
@@ -100,17 +109,20 @@ def _cpu_backend(requested: str) -> str:
     return requested
 
 
-def _unsupported_by_cpu(device: str, dtype: torch.dtype) -> str:
+def _unsupported_by_cpu(operator: str, device: str, dtype: torch.dtype) -> str:
     if device != "cpu":
         return f"the C++ backend takes CPU tensors, not {device}"
-    if dtype not in CPU_DTYPES:
-        return f"the C++ backend takes float32 and bfloat16, not {_name(dtype)}"
+    dtypes = OTHER_CPU_DTYPES.get(operator, CPU_DTYPES)
+    if dtype not in dtypes:
+        return f"the C++ backend takes {' and '.join(map(_name, dtypes))}, not {_name(dtype)}"
     return ""
 
 
-def _unsupported_by_triton(device: str, dtype: torch.dtype) -> str:
+def _unsupported_by_triton(operator: str, device: str, dtype: torch.dtype) -> str:
     if not _has_triton():
         return "triton is not installed (pip install 'spikescale[gpu]')"
+    if operator == "layer_norm" and not _has_fla():
+        return "flash-linear-attention is not installed (pip install 'spikescale[gpu]')"
     if device != "cuda" and not interpreting():
         return f"the Triton backend takes GPU tensors, not {device}"
     if dtype not in TRITON_DTYPES:
@@ -121,6 +133,11 @@ def _unsupported_by_triton(device: str, dtype: torch.dtype) -> str:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_fla() -> bool:
+    return importlib.util.find_spec("fla") is not None
 
 
 def interpreting() -> bool:

@@ -21,7 +21,7 @@ import torch
 from spikescale import files
 from spikescale.errors import UserError
 
-COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++")
 # No -ffast-math and no -ffinite-math-only: NaN and infinity must come out as such. No contraction: a
 # fused multiply-add rounds differently from the reference and would move spikes.
 FLAGS = (
@@ -52,12 +52,19 @@ class BuildError(UserError):
 
 
 def find_compiler(compiler: str | None = None) -> str:
-    """The path of `compiler`, or of the first of g++, c++, clang++ that is on the PATH."""
+    """The path of `compiler`, or of the first of g++, c++ that is on the PATH."""
     candidates = (compiler,) if compiler else COMPILERS
     for name in candidates:
         if path := shutil.which(name):
             return path
     raise BuildError(f"no C++ compiler: {', '.join(candidates)} not found on the PATH; install g++")
+
+
+def refuse_clang(path: str) -> None:
+    """Raise BuildError if the compiler is clang, whatever it is called."""
+    if "clang" in _version(path):
+        # Its threads need LLVM's OpenMP library, and two such libraries are two competing teams of threads.
+        raise BuildError(f"{path} is clang, whose OpenMP library torch has not loaded; install g++")
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -76,13 +83,14 @@ def load(source: Path, instruction_set: str = "plain", compiler: str | None = No
 
 
 def build(source: Path, instruction_set: str = "plain", compiler: str | None = None) -> Path:
-    """The shared library compiled from `source` (one .cpp file, with `kernels/include` to include from).
+    """The library that GCC makes of `source` (one .cpp file, with `kernels/include` to include from).
 
     `instruction_set` is a key of INSTRUCTION_SETS. Compiled at most once per content of the sources,
     flags, compiler version and kind of machine; the result is a file in
     `files.cache_folder("kernels", ...)`. Raises BuildError.
     """
     path = find_compiler(compiler)
+    refuse_clang(path)
     try:
         return _build(source, (*FLAGS, *INSTRUCTION_SETS[instruction_set][0]), path)
     except OSError as error:

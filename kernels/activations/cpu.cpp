@@ -1,5 +1,6 @@
 // relu(x)^2 and sigmoid(gate) * x, forward and backward, on CPU: any contiguous tensors of n elements.
 
+#include "parallel.h"
 #include "simd.h"
 
 using namespace spikescale;
@@ -11,12 +12,10 @@ constexpr int64_t BLOCK = 8192;
 // Calls body(first, end) for blocks of elements.
 template <typename Body>
 inline void for_each_range(int64_t n, int threads, Body body) {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 2 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) {
+    parallel_for(ceil_div(n, BLOCK), threads, n, [&](int64_t block) {
         const int64_t first = block * BLOCK;
         body(first, first + BLOCK < n ? first + BLOCK : n);
-    }
+    });
 }
 
 template <typename T>

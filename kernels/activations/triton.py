@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikescale.kernels import gpu
+
 BLOCK = 1024  # elements of one program: 8 a thread
 
 
@@ -75,8 +77,11 @@ def _launch(kernel: Any, *tensors: Tensor, **options: Any) -> None:
     size = tensors[0].numel()
     if size:
         grid = (triton.cdiv(size, BLOCK),)
-        # Fusion would make an FMA of the exponential's argument: irrelevant here, but its default changes.
-        kernel[grid](*tensors, size, **options, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
+        with gpu.on_device(tensors[0]):
+            # Fusion makes an FMA of the exponential's argument: irrelevant here, but its default changes.
+            kernel[grid](
+                *tensors, size, **options, BLOCK=BLOCK, num_warps=gpu.warps(BLOCK // 8), enable_fp_fusion=True
+            )
 
 
 def squared_relu_triton(x: Tensor) -> Tensor:

@@ -312,6 +312,7 @@ void decode_advise(void* data, int64_t bytes) {
 int64_t decode_step(const Model* model, const int64_t* tokens, float* logits, int32_t threads) {
     for (int64_t row = 0; row < model->batch; row++)
         if (tokens[row] < 0 || tokens[row] >= model->vocabulary) return row;
+    if (model->batch == 0) return -1;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
     Step(*model, tokens, logits, omp_get_thread_num(), omp_get_num_threads()).run();

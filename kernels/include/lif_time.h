@@ -8,8 +8,43 @@
 
 namespace spikescale {
 
-constexpr int64_t WARM_UP = 64;          // tokens that a segment starts early, from a membrane of 0
-constexpr int64_t SHORTEST_SEGMENT = 128;  // below, the warm-up would be most of the work
+constexpr int64_t WARM_UP = 64;            // tokens that a segment starts early, from a membrane of 0
+constexpr int64_t SHORTEST_SEGMENT = 128;  // tokens; below, the warm-up would be most of the work
+constexpr int64_t FORWARD_UNIT = 64;       // channels of a block that is not cut further
+
+inline void copy_floats(float* to, const float* from, int64_t n) { std::memcpy(to, from, size_t(n) * sizeof(float)); }
+
+inline bool same_floats(const float* a, const float* b, int64_t n) {
+    return std::memcmp(a, b, size_t(n) * sizeof(float)) == 0;
+}
+
+// Channels c0 .. c0 + n of batch row b.
+struct ChannelBlock {
+    int64_t b, c0, n;
+
+    ChannelBlock(int64_t task, int64_t width, const Extent& e) {
+        const int64_t blocks = ceil_div(e.channels, width);
+        b = task / blocks;
+        c0 = task % blocks * width;
+        n = e.channels - c0 < width ? e.channels - c0 : width;
+    }
+
+    // Where they start in a tensor (B, C).
+    int64_t row(const Extent& e) const { return b * e.channels + c0; }
+};
+
+// Blocks of `width` channels, and into how many segments of time each is cut: 1 unless threads would be idle.
+struct TimePlan {
+    int64_t width, tasks, segments;
+
+    TimePlan(const Extent& e, int64_t width, int threads)
+        : width(width), tasks(e.batch * ceil_div(e.channels, width)), segments(1) {
+        if (e.elements() < FEW_ELEMENTS) return;
+        const int64_t idle = threads / tasks, most = e.length / SHORTEST_SEGMENT;
+        segments = idle < most ? idle : most;
+        if (segments < 1) segments = 1;
+    }
+};
 
 // tokens(b, c0, n, t0, t1, v, emit) runs channels c0 .. c0 + n of batch row b over tokens t0 .. t1, updating
 // their membrane v, and writes their output if `emit`. Called for several tokens at once, it need not be inlined.
@@ -29,33 +64,19 @@ class NeuronRun {
     // A thread takes blocks of channels, or segments of time.
     void by_blocks(int threads) {
         if (!e_.elements()) return;
-        const int64_t width = block_width(e_.batch, e_.channels, threads, LANES);
-        const int64_t tasks = e_.batch * ceil_div(e_.channels, width);
-        int64_t segments = threads / tasks;
-        if (segments > e_.length / SHORTEST_SEGMENT) segments = e_.length / SHORTEST_SEGMENT;
-        if (segments < 2 || e_.elements() < FEW_ELEMENTS) sequential(width, threads);
-        else by_time(width, segments, threads);
+        const TimePlan plan(e_, block_width(e_.batch, e_.channels, threads, FORWARD_UNIT), threads);
+        if (plan.segments > 1) by_time(plan, threads);
+        else sequential(plan.width, threads);
     }
 
   private:
-    struct Block {
-        int64_t b, c0, n;
-    };
-
-    Block block(int64_t task, int64_t width) const {
-        const int64_t blocks = ceil_div(e_.channels, width), c0 = task % blocks * width;
-        return {task / blocks, c0, e_.channels - c0 < width ? e_.channels - c0 : width};
-    }
-
-    static void copy(float* to, const float* from, int64_t n) { std::memcpy(to, from, size_t(n) * sizeof(float)); }
-
-    static float* mark(float* marks, const Extent& e, const Block& k, int64_t t) {
+    static float* mark(float* marks, const Extent& e, const ChannelBlock& k, int64_t t) {
         return marks + (k.b * ceil_div(e.length, MARK) + t / MARK) * e.channels + k.c0;
     }
 
-    void advance(const Block& k, int64_t t0, int64_t t1, float* v, float* marks) {
+    void advance(const ChannelBlock& k, int64_t t0, int64_t t1, float* v, float* marks) {
         for (int64_t t = t0; t < t1; t += MARK) {
-            if (marks) copy(mark(marks, e_, k, t), v, k.n);
+            if (marks) copy_floats(mark(marks, e_, k, t), v, k.n);
             tokens_(k.b, k.c0, k.n, t, t1 - t < MARK ? t1 : t + MARK, v, true);
         }
     }
@@ -63,50 +84,49 @@ class NeuronRun {
     void sequential(int64_t width, int threads) {
         const int64_t tasks = e_.batch * ceil_div(e_.channels, width);
         parallel_for(tasks, threads, e_.elements(), [&](int64_t task) {
-            const Block k = block(task, width);
-            const int64_t at = k.b * e_.channels + k.c0;
+            const ChannelBlock k(task, width, e_);
             Buffer<float> v(k.n);
-            copy(v, v0_ + at, k.n);
+            copy_floats(v, v0_ + k.row(e_), k.n);
             advance(k, 0, e_.length, v, marks_);
-            copy(v_out_ + at, v, k.n);
+            copy_floats(v_out_ + k.row(e_), v, k.n);
         });
     }
 
-    void by_time(int64_t width, int64_t segments, int threads) {
-        const int64_t length = ceil_div(ceil_div(e_.length, segments), MARK) * MARK;
-        segments = ceil_div(e_.length, length);
-        const int64_t tasks = e_.batch * ceil_div(e_.channels, width);
+    void by_time(const TimePlan& plan, int threads) {
+        const int64_t length = ceil_div(ceil_div(e_.length, plan.segments), MARK) * MARK;
+        const int64_t segments = ceil_div(e_.length, length);
         // Marks are needed to see where a re-run meets what was computed, even if nobody saves them.
         Buffer<float> own_marks(marks_ ? 0 : e_.batch * ceil_div(e_.length, MARK) * e_.channels);
         float* marks = marks_ ? marks_ : static_cast<float*>(own_marks);
-        Buffer<float> ends(tasks * segments * width);
-        parallel_for(tasks * segments, threads, e_.elements(), [&](int64_t task) {
-            const Block k = block(task / segments, width);
+        Buffer<float> ends(plan.tasks * segments * plan.width);
+        parallel_for(plan.tasks * segments, threads, e_.elements(), [&](int64_t task) {
+            const ChannelBlock k(task / segments, plan.width, e_);
             const int64_t t0 = task % segments * length, t1 = t0 + length < e_.length ? t0 + length : e_.length;
             const int64_t start = t0 < WARM_UP ? 0 : t0 - WARM_UP;
             Buffer<float> v(k.n);
-            if (start == 0) copy(v, v0_ + k.b * e_.channels + k.c0, k.n);
+            if (start == 0) copy_floats(v, v0_ + k.row(e_), k.n);
             tokens_(k.b, k.c0, k.n, start, t0, v, false);
             advance(k, t0, t1, v, marks);
-            copy(ends + task * width, v, k.n);
+            copy_floats(ends + task * plan.width, v, k.n);
         });
-        parallel_for(tasks, threads, e_.elements(), [&](int64_t task) {
-            const Block k = block(task, width);
+        parallel_for(plan.tasks, threads, e_.elements(), [&](int64_t task) {
+            const ChannelBlock k(task, plan.width, e_);
             Buffer<float> v(k.n);
-            copy(v, ends + task * segments * width, k.n);
+            copy_floats(v, ends + task * segments * plan.width, k.n);
             for (int64_t s = 1; s < segments; s++) {
                 const int64_t end = (s + 1) * length < e_.length ? (s + 1) * length : e_.length;
-                if (fix_up(k, s * length, end, v, marks)) copy(v, ends + (task * segments + s) * width, k.n);
+                if (fix_up(k, s * length, end, v, marks))
+                    copy_floats(v, ends + (task * segments + s) * plan.width, k.n);
             }
-            copy(v_out_ + k.b * e_.channels + k.c0, v, k.n);
+            copy_floats(v_out_ + k.row(e_), v, k.n);
         });
     }
 
     // Runs tokens t0 .. t1 again from the true membrane v until it is, bit for bit, the one that was computed
     // there; true if it ever was, else v is the membrane after t1.
-    bool fix_up(const Block& k, int64_t t0, int64_t t1, float* v, float* marks) {
+    bool fix_up(const ChannelBlock& k, int64_t t0, int64_t t1, float* v, float* marks) {
         for (int64_t t = t0; t < t1; t += MARK) {
-            if (std::memcmp(mark(marks, e_, k, t), v, size_t(k.n) * sizeof(float)) == 0) return true;
+            if (same_floats(mark(marks, e_, k, t), v, k.n)) return true;
             advance(k, t, t1 - t < MARK ? t1 : t + MARK, v, marks);
         }
         return false;

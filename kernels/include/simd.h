@@ -1,17 +1,14 @@
-// Small pieces shared by the CPU kernels, all written so that the compiler turns a loop over LANES
-// channels into vector code: bfloat16 conversion, exp, loads and stores of a block of channels.
+// Small pieces shared by the CPU kernels, written so that the compiler makes vector code of a loop over channels
+// that calls them: bfloat16 conversion, a product with a sum, and exp.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <limits>
 
 namespace spikescale {
-
-constexpr int LANES = 64;  // channels a thread carries through time together
 
 struct bf16 {
     uint16_t bits;
@@ -79,40 +76,6 @@ inline float exp_f(float x) {
     float result = p * float_of(power);
     result = x < low ? 0.0f : result;
     return x > high ? std::numeric_limits<float>::infinity() : result;
-}
-
-
-// A row of n <= LANES channels as float32. FULL says n == LANES, so that the loop has a fixed length.
-template <bool FULL, typename T>
-inline void load(const T* from, int n, float* to) {
-    const int count = FULL ? LANES : n;
-    for (int j = 0; j < count; j++) to[j] = to_float(from[j]);
-}
-
-template <bool FULL, typename T>
-inline void store(const float* from, int n, T* to) {
-    const int count = FULL ? LANES : n;
-    for (int j = 0; j < count; j++) to[j] = from_float<T>(from[j]);
-}
-
-inline void fill(float* to, float value) {
-    for (int j = 0; j < LANES; j++) to[j] = value;
-}
-
-// Calls body(b, c0, n, full) for every batch row b and block of n <= LANES channels from c0 on, spread
-// over at most `threads` threads; few elements are not worth waking threads for.
-template <typename Body>
-inline void for_each_block(int64_t batch, int64_t length, int64_t channels, int threads, Body body) {
-    const int64_t blocks = (channels + LANES - 1) / LANES;
-    const int64_t tasks = batch * blocks;
-    int64_t team = threads < tasks ? threads : tasks;
-    if (batch * length * channels < 16384 || team < 1) team = 1;
-#pragma omp parallel for num_threads(int(team)) schedule(static) if (team > 1)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t c0 = (task % blocks) * LANES;
-        const int64_t left = channels - c0;
-        body(task / blocks, c0, int(left < LANES ? left : LANES));
-    }
 }
 
 }  // namespace spikescale

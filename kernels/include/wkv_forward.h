@@ -1,8 +1,9 @@
 // WKV forward over one chunk of one column: y, and the past after it.
 //
-// Where w and u are moderate, the past's scale rests as long as keys and past stay near it (`weigh`: one exponential a
-// token); elsewhere it follows the running maximum (`advance`: two). What a channel computes at a token depends on
-// nothing but that channel up to that token: not on its neighbours in the register, and not on what comes later.
+// Where w and u of all channels of a register are moderate, the past's scale rests as long as keys and past stay near
+// it (`weigh`: one exponential a token); elsewhere it follows the running maximum (`advance`: two). What comes later,
+// and the keys and values of other channels, change no bit of what a channel computes at a token. The w and u of its
+// neighbours in the register do: they choose between the two ways, which differ by rounding.
 #pragma once
 
 #include "wkv_state.h"

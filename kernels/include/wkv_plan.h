@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "parallel.h"
 #include "wkv_state.h"
 
 namespace spikescale {
@@ -16,13 +17,12 @@ namespace wkv {
 constexpr int BLOCK = 256;
 constexpr int NARROW = 16;              // channels in a block that is not cut further: a line of the cache
 constexpr int COLUMNS = BLOCK / WIDTH;  // registers of channels in a block, at most
-constexpr int64_t FEW = 16384;          // elements that are not worth waking threads for
 constexpr int64_t SEGMENT_CHUNKS = 4;   // chunks a segment must have
 
 struct Sizes {
     int64_t batch, length, channels;
 
-    int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+    int64_t chunks() const { return ceil_div(length, CHUNK); }
 };
 
 // Channels c0 .. c0 + n of sequence b.
@@ -51,9 +51,11 @@ struct Plan {
     int threads = 1;
 
     Plan(const Sizes& sizes, int limit) {
-        const int64_t available = sizes.batch * sizes.length * sizes.channels < FEW ? 1 : std::max(limit, 1);
+        const int64_t elements = sizes.batch * sizes.length * sizes.channels;
+        const int64_t available = elements < FEW_ELEMENTS ? 1 : std::max(limit, 1);
         int64_t width = BLOCK;
-        const auto count = [&] { return sizes.batch * ((sizes.channels + width - 1) / width); };
+        // Of an empty tensor there is no block, but one to count with.
+        const auto count = [&] { return std::max<int64_t>(sizes.batch * ceil_div(sizes.channels, width), 1); };
         // Narrower where threads would be idle: for good, or while the last tasks finish.
         while (width > NARROW && (count() < available || (count() < 4 * available && count() % available))) width /= 2;
         for (int64_t b = 0; b < sizes.batch; b++)

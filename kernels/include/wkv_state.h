@@ -6,6 +6,8 @@
 // low bits when keys are far from 0.
 #pragma once
 
+#include <initializer_list>
+
 #include "wkv_vector.h"
 
 namespace spikescale {

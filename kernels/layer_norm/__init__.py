@@ -1,6 +1,5 @@
 """LayerNorm over the channels: `layer_norm`."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,12 +11,13 @@ __all__ = ["layer_norm"]
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto") -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
-    The definition and the GPU implementation are torch's. The C++ one is that of `lif_residual_norm`: fused
-    and alone give the same bits, so that a model computes the same whether or not its neurons are fused.
+    The definition is torch's. The C++ implementation, for float32, is that of `lif_residual_norm`: fused and
+    alone give the same bits, so that a model computes the same whether or not its neurons are fused. The
+    Triton one launches flash-linear-attention's kernels. Where neither can serve, "auto" takes torch's own.
 
     Args:
         x: (..., C) in the dtype of `weight`.
-        weight, bias: (C,) float32 or float64.
+        weight, bias: (C,) of one floating dtype; what is narrower than float32 is computed in float32.
         backend: see `spikescale.kernels.backend`.
 
     Returns:
@@ -34,8 +34,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backe
             f" {tuple(bias.shape)} {bias.dtype}"
         )
     chosen = choose_backend("layer_norm", backend, x.device.type, x.dtype)
-    if chosen in ("reference", "triton") or x.dtype != torch.float32:
+    if chosen == "reference":
         return F.layer_norm(x, channels, weight, bias, eps)
+    if chosen == "triton":
+        from spikescale.kernels.layer_norm.triton import layer_norm_triton
+
+        return layer_norm_triton(x, weight, bias, eps)
     from spikescale.kernels.layer_norm.cpu import layer_norm_cpu
 
     return layer_norm_cpu(x, weight, bias, eps, chosen)

@@ -3,7 +3,7 @@
 // Tensors are contiguous: x, spikes and their gradients are (B, T, C); v is (B, C); reset is (B, T) bytes or
 // null; marks are (B, ceil(T / MARK), C); tau and threshold are (C,) or null.
 
-#include "lif_time.h"
+#include "lif_backward.h"
 
 using namespace spikescale;
 
@@ -65,4 +65,9 @@ extern "C" {
 LIF(f32, float)
 LIF(bf16, bf16)
 int64_t lif_mark() { return MARK; }
+
+// Into how many segments of time backward cuts a tensor of this size.
+int64_t lif_backward_segments(int64_t B, int64_t L, int64_t C, int32_t threads) {
+    return B * L * C ? lif_backward_plan({B, L, C}, threads).segments : 1;
+}
 }

@@ -41,7 +41,8 @@ def library(backend: str) -> ctypes.CDLL:
             sizes = [ctypes.c_int64] * 3
             function.argtypes = [ctypes.c_void_p] * tensors + [*sizes, LifOptions, ctypes.c_int32]
             function.restype = None
-    lib.lif_mark.restype = ctypes.c_int64
+    lib.lif_mark.restype = lib.lif_backward_segments.restype = ctypes.c_int64
+    lib.lif_backward_segments.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int32]
     assert lib.lif_mark() == MARK
     return lib
 

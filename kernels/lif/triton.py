@@ -5,8 +5,6 @@ autograd formula, so `torch.compile` and activation checkpointing treat them lik
 for backward are x, the spikes as bits, and the membrane before every block of 32 tokens.
 """
 
-import contextlib
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,10 +12,11 @@ import torch
 from torch import Tensor
 
 from spikescale.errors import UserError
+from spikescale.kernels import gpu
 from spikescale.kernels.lif import triton_parallel as parallel
 from spikescale.kernels.lif import triton_sequential as sequential
 
-__all__ = ["Form", "choose_form", "lif_triton", "pack_bits", "unpack_bits", "warm_up"]
+__all__ = ["Form", "choose_form", "lif_triton", "warm_up"]
 
 FORMS = ("auto", "sequential", "parallel")
 BLOCK_TOKENS = sequential.TOKENS.value
@@ -27,8 +26,6 @@ BLOCK_CHANNELS = 64
 RESIDENT = 4
 LAUNCH = 100
 LOADING_ENDS = 25
-# Multiprocessors of an H100, assumed where there is no GPU: in the interpreter, and compiling ahead of time.
-MULTIPROCESSORS = 132
 
 
 class Form(NamedTuple):
@@ -81,7 +78,7 @@ def choose_form(
     batch: int,
     length: int,
     channels: int,
-    multiprocessors: int = MULTIPROCESSORS,
+    multiprocessors: int = gpu.MULTIPROCESSORS,
     tau: float | None = 2.0,
     form: str = "auto",
 ) -> Form:
@@ -130,27 +127,6 @@ def warm_up(tau: float | None) -> int:
     return BLOCK_TOKENS * math.ceil(48 * math.log(2) / -math.log1p(-1 / tau) / BLOCK_TOKENS)
 
 
-def pack_bits(spikes: Tensor) -> Tensor:
-    """Spikes (B, T, C), any strides and floating dtype, as bits: (B, ceil(T / 32), C) int32.
-
-    Bit i of word j is token 32 j + i: 1 where the spike is above 0. A NaN becomes 0; past the end bits are 0.
-    """
-    return _pack_bits(spikes)
-
-
-def unpack_bits(bits: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack_bits`: spikes (B, length, C) in `dtype`, contiguous.
-
-    Raises:
-        ValueError: `length` tokens are not in that many words.
-    """
-    if bits.dim() != 3 or bits.shape[1] != _blocks(length):
-        raise ValueError(
-            f"bits of {length} tokens must be (batch, {_blocks(length)}, channels), not {tuple(bits.shape)}"
-        )
-    return _unpack_bits(bits, length, dtype)
-
-
 def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
     """A parameter as an operator takes it: one a channel, or a number."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
@@ -162,30 +138,22 @@ def _blocks(length: int) -> int:
 
 def _chunk(x: Tensor, tau: Tensor | None, tau_value: float, form: str, chunk: int) -> int:
     """Tokens of a chunk of the parallel form, or 0 where time is walked sequentially."""
-    multiprocessors = _multiprocessors(x.device) if x.is_cuda else MULTIPROCESSORS
     batch, length, channels = x.shape
     known_tau = tau_value if tau is None else None
-    chosen = choose_form(batch, length, channels, multiprocessors, known_tau, form)
+    chosen = choose_form(batch, length, channels, gpu.multiprocessors(x.device), known_tau, form)
     return (chunk or chosen.chunk) if chosen.name == "parallel" else 0
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(kernel: Any, x: Tensor, axis1: int, *args: Any, **constants: Any) -> None:
     """Runs `kernel` on x's device: for every row and block of channels, and `axis1` times along time."""
     grid = (x.shape[0] * -(-x.shape[2] // BLOCK_CHANNELS), axis1)
-    # One channel a lane: the backward kernels hold some seventy float32 a channel.
-    lanes = 64 if torch.version.hip else 32
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with gpu.on_device(x):
         kernel[grid](
             *args,
             **constants,
             BLOCK_C=BLOCK_CHANNELS,
-            num_warps=BLOCK_CHANNELS // lanes,
+            # One channel a lane: the backward kernels hold some seventy float32 a channel.
+            num_warps=gpu.warps(BLOCK_CHANNELS),
             enable_fp_fusion=False,
         )
 
@@ -416,34 +384,3 @@ def _backward(
 
 
 lif_triton_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("spikescale::lif_triton_pack_bits", mutates_args=())
-def _pack_bits(spikes: Tensor) -> Tensor:
-    batch, length, channels = spikes.shape
-    bits = torch.empty(batch, _blocks(length), channels, dtype=torch.int32, device=spikes.device)
-    whole = length % BLOCK_TOKENS == 0
-    sizes = (length, channels, *spikes.stride())
-    _launch(parallel.pack_kernel, spikes, _blocks(length), spikes, bits, *sizes, WHOLE=whole)
-    return bits
-
-
-@_pack_bits.register_fake
-def _(spikes: Tensor) -> Tensor:
-    batch, length, channels = spikes.shape
-    return spikes.new_empty(batch, _blocks(length), channels, dtype=torch.int32)
-
-
-@torch.library.custom_op("spikescale::lif_triton_unpack_bits", mutates_args=())
-def _unpack_bits(bits: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    batch, _, channels = bits.shape
-    spikes = torch.empty(batch, length, channels, dtype=dtype, device=bits.device)
-    whole = length % BLOCK_TOKENS == 0
-    sizes = (length, channels)
-    _launch(parallel.unpack_kernel, bits, _blocks(length), bits.contiguous(), spikes, *sizes, WHOLE=whole)
-    return spikes
-
-
-@_unpack_bits.register_fake
-def _(bits: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    return bits.new_empty(bits.shape[0], length, bits.shape[2], dtype=dtype)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Device code of the LIF neuron in parallel over time, and of its spikes as bits.
+"""Device code of the LIF neuron in parallel over time.
 
 Time is cut into chunks of whole blocks (`triton_sequential.py`), one program each. Forward guesses where a
 chunk starts by walking some blocks before it from an empty membrane, and keeps where every chunk ended. Then
@@ -339,39 +339,3 @@ def chunk_backward_kernel(
         tl.store(grad_tau + here, sum_tau, mask=lane)
     if grad_threshold is not None:
         tl.store(grad_threshold + here, sum_threshold, mask=lane)
-
-
-@triton.jit
-def pack_kernel(
-    spikes,  # (B, T, C), strides in elements
-    bits,  # (B, blocks, C) int32
-    T,
-    C,
-    stride_b,
-    stride_t,
-    stride_c,
-    WHOLE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    row, c, lane = place(C, BLOCK_C)
-    block = tl.program_id(1)
-    spikes += row * stride_b + c.to(tl.int64) * stride_c
-    rows = load_rows(spikes, block, T, stride_t, lane, WHOLE)
-    word = tl.zeros([BLOCK_C], tl.int32)
-    for i in tl.static_range(TOKENS):
-        word |= (rows[i] > 0).to(tl.int32) << i
-    tl.store(bits + (row * tl.num_programs(1) + block) * C + c, word, mask=lane)
-
-
-@triton.jit
-def unpack_kernel(bits, spikes, T, C, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr):
-    row, c, lane = place(C, BLOCK_C)
-    block = tl.program_id(1)
-    word = tl.load(bits + (row * tl.num_programs(1) + block) * C + c, mask=lane, other=0)
-    spikes += (row * T + tl.cast(block, tl.int64) * TOKENS) * C + c
-    for i in tl.static_range(TOKENS):
-        inside = lane
-        if not WHOLE:
-            inside = tl.where(T - block * TOKENS > i, lane, False)
-        spike = bit(word, i).to(tl.float32)
-        tl.store(spikes + i * C, spike.to(spikes.dtype.element_ty), mask=inside)

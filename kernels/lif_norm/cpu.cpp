@@ -4,7 +4,7 @@
 // (B, T); weight, bias, tau and threshold (C,); reset (B, T) bytes; marks (B, ceil(T / MARK), C).
 
 #include "dropout.h"
-#include "lif_time.h"
+#include "lif_backward.h"
 #include "norm.h"
 
 using namespace spikescale;
@@ -124,7 +124,7 @@ struct Backward {
     void run(const float* grad_v, float* grad_v0, float* grad_weight, float* grad_bias, int threads) const {
         const Extent& e = neurons.e;
         const int64_t marks = neurons.marks_per_row(), partition = PARTITION_ROWS / MARK;
-        const int64_t partitions = ceil_div(marks, partition), sum_channels = grad_normed ? e.channels : 0;
+        const int64_t partitions = ceil_div(marks, partition), sum_channels = grad_weight ? e.channels : 0;
         const int64_t size = e.batch * partitions * sum_channels;
         Buffer<double> sum_weight(size), sum_bias(size);
         // Partition p of batch row b, from its last chunk to its first; after_chunk(m) follows each.
@@ -160,7 +160,8 @@ struct Backward {
             });
             neurons.by_blocks(grad_v, grad_v0, threads);
         }
-        if (grad_normed) {
+        // Not for a gradient of normed: that of an empty batch has no address, and the weights have a gradient of 0.
+        if (grad_weight) {
             add_rows(sum_weight, e.batch * partitions, e.channels, e.channels, grad_weight);
             add_rows(sum_bias, e.batch * partitions, e.channels, e.channels, grad_bias);
         }

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
+from spikescale.kernels import gpu
 from spikescale.kernels.backend import interpreting
 from spikescale.kernels.lif_norm.reference import dropout_keep
 from spikescale.kernels.lif_norm.triton_backward_kernels import carry_kernel, neuron_kernel, rows_kernel
@@ -81,9 +81,8 @@ def _program(threads: int) -> dict[str, int]:
     """Launch options of a program of so many threads, on the GPU at hand."""
     if interpreting():
         return {}
-    target = triton.runtime.driver.active.get_current_target()
-    warps = {"num_warps": max(threads // target.warp_size, 1)}
-    if target.backend == "cuda":
+    warps = {"num_warps": gpu.warps(threads)}
+    if triton.runtime.driver.active.get_current_target().backend == "cuda":
         # Without a bound ptxas spills some registers to fit one more program into a multiprocessor.
         warps["maxnreg"] = 65536 // max(threads, 512)
     return warps
@@ -110,13 +109,16 @@ def _in_parts(
     seed: int,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    from spikescale.kernels.layer_norm import layer_norm
     from spikescale.kernels.lif.triton import lif_triton
 
     spikes, v_out = lif_triton(current, v, reset, *neuron)
     x = x + spikes.to(x.dtype)
     if dropout:
         x = x * (dropout_keep(x.shape, dropout, seed, x.device) * (1 / (1 - dropout)))
-    return x, None if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps), v_out
+    if weight is None or bias is None:
+        return x, None, v_out
+    return x, layer_norm(x, weight, bias, eps), v_out
 
 
 def _neuron_arguments(tau: float, taus: Tensor | None, threshold: float, v_reset: float) -> dict[str, Any]:
@@ -197,8 +199,7 @@ def lif_norm_triton(
     }
     # Contraction of a product and a sum would round the membrane once where the reference rounds twice.
     layout = {"C": channels, "LANES": lanes, "CHUNK": chunk, "enable_fp_fusion": False}
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device_of(x):
+    with gpu.on_device(x):
         forward_kernel[(batch * chunks,)](
             *stream,
             v,
@@ -299,7 +300,7 @@ def lif_norm_triton_backward(
         # The membranes must be those of forward.
         "enable_fp_fusion": False,
     }
-    with torch.cuda.device_of(current):
+    with gpu.on_device(current):
         rows_kernel[(batch * chunks,)](
             current, byte_reset, x_out, weight, taus, thresholds, v_starts, mean, rstd,
             grad_x_out, grad_normed, grad_x, gains, offsets, shares[0], shares[1],

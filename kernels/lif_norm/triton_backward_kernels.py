@@ -134,7 +134,9 @@ def rows_kernel(
             f, _, through = step_gradient(h, s, threshold, v_reset, alpha, SOFT_RESET, DETACH_RESET)
             own, passed = grads[i] * f, gain * through
             here = tl.where(t + i < T, lane, False)
-            offset = tl.where(tl.where(cuts[i], False, here), offset + gain * (own - own * inverse), offset)
+            # Where nothing enters, a gain that overflowed has nothing to multiply.
+            entering = tl.where(own == 0, 0.0, gain * (own - own * inverse))
+            offset = tl.where(tl.where(cuts[i], False, here), offset + entering, offset)
             gain = tl.where(here, tl.where(cuts[i], 0.0, passed - passed * inverse), gain)
     share = (batch * chunks + chunk) * C + c
     tl.store(gains + share, gain, mask=lane)
@@ -176,7 +178,8 @@ def carry_kernel(
         for i in tl.static_range(AT_ONCE):
             here = tl.where(last - i >= 0, lane, False)
             tl.store(carries + (batch * chunks + last - i) * C + c, grad_v, mask=here)
-            grad_v = tl.where(here, offset[i] + gain[i] * grad_v, grad_v)
+            joined = tl.where(grad_v == 0, offset[i], offset[i] + gain[i] * grad_v)
+            grad_v = tl.where(here, joined, grad_v)
     tl.store(grad_v_in + batch * C + c, grad_v, mask=lane)
 
 

@@ -1,5 +1,8 @@
 // Spikes packed into bits and unpacked, on CPU.
 
+#include <atomic>
+
+#include "parallel.h"
 #include "simd.h"
 
 using namespace spikescale;
@@ -10,10 +13,8 @@ constexpr int64_t BLOCK = 1 << 16;  // elements a thread takes at a time, a mult
 
 template <typename T>
 int32_t pack(const T* spikes, uint8_t* bits, int64_t n, int threads) {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-    int32_t others = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : others) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) {
+    std::atomic<int32_t> others{0};
+    parallel_for(ceil_div(n, BLOCK), threads, n, [&](int64_t block) {
         const int64_t end = (block + 1) * BLOCK < n ? (block + 1) * BLOCK : n;
         int64_t i = block * BLOCK;
         int32_t strange = 0;
@@ -40,17 +41,15 @@ int32_t pack(const T* spikes, uint8_t* bits, int64_t n, int threads) {
             }
             bits[i / 8] = byte;
         }
-        others |= strange;
-    }
+        if (strange) others.store(1, std::memory_order_relaxed);
+    });
     return others;
 }
 
 template <typename T>
 void unpack(const uint8_t* bits, T* spikes, int64_t n, int threads) {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
     const T one = from_float<T>(1.0f), zero = from_float<T>(0.0f);
-#pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 1 && threads > 1)
-    for (int64_t block = 0; block < blocks; block++) {
+    parallel_for(ceil_div(n, BLOCK), threads, n, [&](int64_t block) {
         const int64_t end = (block + 1) * BLOCK < n ? (block + 1) * BLOCK : n;
         int64_t i = block * BLOCK;
         for (; i + 8 <= end; i += 8) {
@@ -58,7 +57,7 @@ void unpack(const uint8_t* bits, T* spikes, int64_t n, int threads) {
             for (int j = 0; j < 8; j++) spikes[i + j] = (byte >> j) & 1 ? one : zero;
         }
         for (; i < end; i++) spikes[i] = (bits[i / 8] >> (i % 8)) & 1 ? one : zero;
-    }
+    });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
 #include "simd.h"
 
 using namespace spikescale;
@@ -19,13 +20,11 @@ constexpr int MOST = 3;  // mixtures
 // Calls body(b, first token, tokens, piece) for every piece of every sequence.
 template <typename Body>
 inline void for_each_piece(int64_t batch, int64_t length, int64_t channels, int threads, Body body) {
-    const int64_t pieces = (length + PIECE - 1) / PIECE, tasks = batch * pieces;
-    const bool alone = batch * length * channels < 16384 || threads < 2;
-#pragma omp parallel for num_threads(threads) schedule(static) if (!alone)
-    for (int64_t task = 0; task < tasks; task++) {
+    const int64_t pieces = ceil_div(length, PIECE);
+    parallel_for(batch * pieces, threads, batch * length * channels, [&](int64_t task) {
         const int64_t first = task % pieces * PIECE;
         body(task / pieces, first, length - first < PIECE ? length - first : PIECE, task);
-    }
+    });
 }
 
 template <typename Y>

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikescale.kernels import gpu
+
 CHUNK = 32  # tokens of one program
 FORWARD_GROUP = 4  # tokens whose loads are in flight together
 BACKWARD_GROUP = 2  # fewer, as each brings a gradient for every mixture: 4 would take 128 registers
@@ -223,23 +225,24 @@ def _launch(
         return
     block = min(MAX_BLOCK, max(32, triton.next_power_of_2(channels)))
     grid = (batch * triton.cdiv(length, CHUNK) * triton.cdiv(channels, block),)
-    kernel[grid](
-        x,
-        tuple(mus),
-        last,
-        reset,
-        *own,
-        x.stride(0),
-        x.stride(1),
-        length,
-        channels,
-        HAS_RESET=reset is not None,
-        CHUNK=CHUNK,
-        GROUP=group,
-        BLOCK=block,
-        num_warps=max(1, block // 128),
-        enable_fp_fusion=fuse,
-    )
+    with gpu.on_device(x):
+        kernel[grid](
+            x,
+            tuple(mus),
+            last,
+            reset,
+            *own,
+            x.stride(0),
+            x.stride(1),
+            length,
+            channels,
+            HAS_RESET=reset is not None,
+            CHUNK=CHUNK,
+            GROUP=group,
+            BLOCK=block,
+            num_warps=gpu.warps(block // 4),
+            enable_fp_fusion=fuse,
+        )
 
 
 def _adjacent_channels(x: Tensor) -> Tensor:

@@ -10,17 +10,16 @@ address and constant offsets. Neighbouring channels must be adjacent in memory, 
 every pass would read whole sectors of memory for single numbers.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from spikescale.kernels.backend import interpreting
+from spikescale.kernels import gpu
 from spikescale.kernels.wkv.triton_chunked import wkv_carry, wkv_outputs, wkv_summaries
 from spikescale.kernels.wkv.triton_chunked_backward import wkv_carry_back, wkv_gather, wkv_reverse
-from spikescale.kernels.wkv.triton_plan import BACK_SUB, GROUP, MULTIPROCESSORS, SUB, choose_form
+from spikescale.kernels.wkv.triton_plan import BACK_SUB, GROUP, SUB, choose_form
 from spikescale.kernels.wkv.triton_sequential import wkv_sequential_backward, wkv_sequential_forward
 
 __all__ = ["choose_form", "wkv_triton"]
@@ -55,7 +54,7 @@ def wkv_triton(
     inputs = (w, u, k, v, state) if gate is None else (w, u, k, v, state, gate)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if chunk is None:
-        count = _multiprocessors(k.device) if k.is_cuda else MULTIPROCESSORS
+        count = gpu.multiprocessors(k.device)
         gated = gate is not None
         chosen = choose_form(batch, length, channels, k.element_size(), count, gated, save, form)
         chunk = chosen.chunk
@@ -63,11 +62,6 @@ def wkv_triton(
         raise ValueError(f"chunk {chunk} of form {form!r}: give a multiple of {SUB} and the form 'chunked'")
     y, state_out, _ = wkv_triton_forward(w, u, k, v, state, reset, gate, chunk, save)
     return y, state_out
-
-
-@torch.compiler.assume_constant_result
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -81,14 +75,9 @@ def _strides(*tensors: Tensor | None) -> tuple[list[int], list[int]]:
     ]
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current GPU: that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _channel_block(channels: int, warps: int) -> tuple[int, int]:
     """Channels of a program, one a lane, and its warps; both no more than these channels need."""
-    warp = 32 if interpreting() else triton.runtime.driver.active.get_current_target().warp_size
+    warp = gpu.warp_size()
     block = min(max(triton.next_power_of_2(channels), warp), 32 * max(warps, warp // 32))
     return block, block // warp
 
@@ -124,7 +113,7 @@ def wkv_triton_forward(
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     state_out, saved = torch.empty_like(state), _new_saved(k, chunk, save)
     batch_strides, time_strides = _strides(k, v, gate)
-    with _on(k.device):
+    with gpu.on_device(k):
         if not chunk:
             block, warps = _channel_block(channels, WARPS)
             wkv_sequential_forward[(batch, triton.cdiv(channels, block))](
@@ -196,7 +185,7 @@ def wkv_triton_backward(
     batch_strides, time_strides = _strides(k, v, gate, grad_y)
     chunks = triton.cdiv(length, chunk) if chunk else 1
     partial = k.new_empty((batch, chunks, 2, channels), dtype=torch.float32)
-    with _on(k.device):
+    with gpu.on_device(k):
         block, warps = _channel_block(channels, WARPS)
         grid = (batch * chunks, triton.cdiv(channels, block))
         if not chunk:

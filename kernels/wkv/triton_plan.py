@@ -12,11 +12,12 @@ decide between forms that compute the same, and predict no timing.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spikescale.kernels.gpu import MULTIPROCESSORS
+
 SUB = 8  # tokens loaded together, and between two marks of the sequential form
 BACK_SUB = 4  # the same in the chunked form's backward: more tokens need too many registers
 GROUP = 4  # chunks that a carry loads together
 CHUNKS = (32, 64, 128, 256)
-MULTIPROCESSORS = 132  # where no GPU tells
 BANDWIDTH = 20.0  # bytes a nanosecond and multiprocessor
 LATENCY = 800.0  # ns of one trip to memory
 CHAIN = 40.0  # ns of the arithmetic that one token has to wait for

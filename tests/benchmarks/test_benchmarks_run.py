@@ -57,7 +57,7 @@ def imports(module: str) -> bool:
 
 @pytest.mark.slow
 def test_train_step_reports_rates_memory_growth_and_profile(tmp_path: Path) -> None:
-    rows = ("gemm", "spikegpt", "spikegpt-checkpointed")
+    rows = ("gemm", "spikegpt", "spikegpt-checkpointed", "checkpointed-counts", "checkpointed-floats")
     results = run_benchmark("train_step.py", tmp_path, "--profile", "--rows", *rows)
     assert set(results["rows"]) == set(rows)
     for name in rows:
@@ -103,6 +103,24 @@ def test_peers_take_the_same_step(tmp_path: Path) -> None:
         assert row["times_slower_than_spikegpt"] == pytest.approx(ratio)
         # The same depth, width and vocabulary; GPT-2 ties its head and has positions and biases.
         assert row["parameters"] == pytest.approx(ours["parameters"], rel=0.5 if name == "gpt2" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "checkpointing", "compact"),
+    [
+        ("checkpointed-counts", "spikegpt", True, True),
+        ("checkpointed-floats", "spikegpt", True, False),
+        ("driven-bits", "spikegpt-driven", False, True),
+        ("driven-numbers", "spikegpt-driven", False, False),
+    ],
+)
+def test_rows_of_what_spikes_save_differ_in_what_is_kept_alone(
+    benchmark: Any, name: str, variant: str, checkpointing: bool, compact: bool
+) -> None:
+    model = benchmark("peers").MODELS[name](SMALL).model
+    assert (model.config.variant, model.config.dropout) == (variant, 0.0)
+    assert (model.activation_checkpointing, model.compact_activations) == (checkpointing, compact)
+    assert name in benchmark("train_step").TITLES
 
 
 def test_missing_peer_is_named_and_the_others_run(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from spikescale import doctor
 from spikescale.cli.main import main
 from spikescale.doctor import Check
+from spikescale.kernels import self_check
 from spikescale.kernels.build import instruction_sets
 
 
@@ -27,10 +28,31 @@ def test_a_working_machine_passes_and_every_kernel_backend_was_run(capsys):
     checks = {check["name"]: check for check in report["checks"]}
     for name in ("Python", "torch", "CPU", "deepspeed", "ray", "mlflow", "megatron-core", "disk here"):
         assert checks[name]["status"] in ("ok", "note"), name
-    for operator in ("wkv", "lif", "token_mix", "activations", "layer_norm", "lif_norm"):
+    operators = ("wkv", "lif", "token_mix", "activations", "layer_norm", "lif_norm", "spike_bits", "decode")
+    for operator in operators:
         assert checks[f"kernel {operator} reference"]["status"] == "ok"
         for name in instruction_sets():
             assert checks[f"kernel {operator} cpu-{name}"]["status"] == "ok"
+
+
+def test_a_kernel_with_a_wrong_output_or_gradient_is_not_to_be_trained_with(monkeypatch):
+    run, results = self_check.run, {}
+
+    def wrong_last(operator, backend, device):
+        results[operator] = run(operator, backend, device)
+        if backend != "reference":
+            results[operator][-1] = results[operator][-1] + 1e-3
+        return results[operator]
+
+    monkeypatch.setattr(self_check, "run", wrong_last)
+    for name, check in by_name(doctor._kernels()).items():
+        if name.endswith("reference"):
+            assert check.status == "ok", name
+        else:
+            assert (check.status, "model.backend=reference" in check.remedy) == ("missing", True), name
+    # Outputs, and the gradients of four inputs.
+    for operator in set(self_check.OPERATORS) - {"spike_bits", "decode"}:
+        assert len(results[operator]) > 4, operator
 
 
 def test_every_line_that_is_not_ok_says_what_to_do(capsys):

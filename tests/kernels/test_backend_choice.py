@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import math
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_without_a_compiler_auto_warns_once_and_computes_with_the_reference(no_c
     assert spikes.flatten().tolist() == [1.0, 1.0]
     assert len(caplog.records) == 1
     assert "reference" in caplog.text
-    assert "no C++ compiler: g++, c++, clang++ not found" in caplog.text
+    assert "no C++ compiler: g++, c++ not found" in caplog.text
 
 
 def test_without_a_compiler_the_forced_backend_is_an_error(no_compiler):
@@ -127,9 +126,6 @@ def address(tensor):
 
 PIECES = """
 #include "simd.h"
-extern "C" void vector_exp(const float* x, float* y, int n) {
-    for (int i = 0; i < n; i++) y[i] = spikescale::exp_f(x[i]);
-}
 extern "C" void round_bf16(const float* x, unsigned short* y, int n) {
     for (int i = 0; i < n; i++) y[i] = spikescale::from_float<spikescale::bf16>(x[i]).bits;
 }
@@ -138,24 +134,10 @@ extern "C" void round_bf16(const float* x, unsigned short* y, int n) {
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """The header's functions alone, compiled."""
+    """The header's rounding alone, compiled."""
     source = tmp_path_factory.mktemp("pieces") / "pieces.cpp"
     source.write_text(PIECES)
     return build.load(source)
-
-
-def test_the_vector_exponential_is_within_two_ulp_and_honest_at_the_edges(pieces):
-    x = torch.cat([torch.linspace(-87.336, 88.0, 2_000_003), torch.linspace(-1, 1, 200_001)])
-    y = torch.empty_like(x)
-    pieces.vector_exp(address(x), address(y), x.numel())
-    exact = x.double().exp()
-    ulp = torch.exp2(torch.floor(torch.log2(exact)) - 23)
-    assert ((y.double() - exact).abs() / ulp).max() <= 2.0
-    edges = torch.tensor([0.0, -0.0, -1e38, -torch.inf, -88.0, 89.0, torch.inf, torch.nan])
-    out = torch.empty_like(edges)
-    pieces.vector_exp(address(edges), address(out), edges.numel())
-    assert out[:-1].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, math.inf, math.inf]
-    assert out[-1].isnan()
 
 
 def test_bfloat16_rounding_is_torchs(pieces):

@@ -259,3 +259,16 @@ def test_bfloat16_panels_interleave_two_inputs():
     assert torch.equal(pairs[0, 0, :, 1], weight[:32, 1])
     assert torch.equal(pairs[1, 1, :8, 0], weight[32:, 2])
     assert pairs[:, 1, :, 1].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_no_logits_and_keeps_the_state_empty(backend):
+    model = make_model()
+    decoder = Decoder(model, backend=backend)
+    for _ in range(2):
+        assert decoder.step(torch.zeros(0, dtype=torch.int64)).shape == (0, VOCABULARY)
+    decoder.load_state(model.initial_state(0))
+    assert decoder.step(torch.zeros(0, dtype=torch.int64)).shape == (0, VOCABULARY)
+    assert decoder.state()[0]["time_mix.wkv"].shape == (0, 3, 33)
+    with pytest.raises(ValueError, match=r"tokens must be \(0,\)"):
+        decoder._engine.step(torch.zeros(1, dtype=torch.int64), 1)

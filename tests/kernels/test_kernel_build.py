@@ -126,6 +126,17 @@ def test_a_named_compiler_that_is_not_there_is_an_error(source):
         build.build(source, compiler="no-such-compiler")
 
 
+def test_clang_is_refused_whatever_it_is_called(source, tmp_path):
+    # Its OpenMP code needs a library that torch has not loaded.
+    for name in ("c++", "clang++"):
+        script = tmp_path / name
+        script.write_text("#!/bin/sh\necho 'Debian clang version 14.0.6'\n")
+        script.chmod(0o755)
+        with pytest.raises(BuildError, match=r"is clang.*install g\+\+"):
+            build.build(source, compiler=str(script))
+    assert "clang++" not in build.COMPILERS
+
+
 def test_kernels_share_torchs_openmp_library():
     # In a process of its own: other packages that tests import bring OpenMP libraries too.
     code = (

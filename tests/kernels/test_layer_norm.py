@@ -1,9 +1,14 @@
-"""LayerNorm in C++ against float64, on every instruction set, whatever the number of threads."""
+"""LayerNorm in C++ and in fla's kernels against float64; which of them runs is what was said."""
+
+import logging
+import os
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from spikescale.errors import UserError
+from spikescale.kernels import backend as backends
 from spikescale.kernels.build import instruction_sets
 from spikescale.kernels.layer_norm import layer_norm
 
@@ -127,3 +132,96 @@ def test_wrong_shapes_are_refused():
         layer_norm(x, weight[:5], bias)
     with pytest.raises(ValueError, match="weight and bias must be"):
         layer_norm(x.double(), weight, bias)
+
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: run pytest without -m gpu"
+)
+without_gpu = pytest.mark.filterwarnings("ignore:Triton is not supported")
+
+
+@interpreted
+@without_gpu
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize(
+    ("shape", "programs"), [((1, 1), 4), ((2, 9, 33), 4), ((7,), 1), ((1, 13, 100), 3), ((1, 11, 600), 5)]
+)
+def test_flas_kernels_give_the_output_and_gradients_of_float64(shape, programs, mean, monkeypatch):
+    from triton_harness import checked_memory
+
+    from spikescale.kernels.layer_norm import triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", 1)
+    monkeypatch.setattr(triton.gpu, "multiprocessors", lambda device: programs)
+    inputs = make_inputs(*shape, mean=mean)
+    with checked_memory(seed=len(shape)):
+        results = evaluate(on("triton"), *inputs)
+    expected = evaluate(in_torch, *inputs, dtype=torch.float64)
+    assert results[0].shape == shape
+    for actual, wanted in zip(results, expected, strict=True):
+        assert relative(actual, wanted) <= 1e-5
+
+
+@interpreted
+@without_gpu
+def test_flas_kernels_are_torch_operators_and_take_strided_and_narrow_tensors():
+    from triton_harness import bf16_rounding
+
+    from spikescale.kernels.layer_norm.triton import layer_norm_forward
+
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    leaves = [tensor.requires_grad_() for tensor in make_inputs(2, 5, 33)[:3]]
+    torch.library.opcheck(layer_norm_forward, (*leaves, 1e-5), test_utils=checks)
+    x, weight, bias, grad = make_inputs(2, 33, 5)
+    x, weight, bias, grad = x.mT, weight.repeat(7)[:33], bias.repeat(7)[:33], grad.mT
+    strided = evaluate(on("triton"), x, weight, bias, grad)
+    plain = evaluate(on("triton"), x.contiguous(), weight, bias, grad.contiguous())
+    for one, other in zip(strided, plain, strict=True):
+        assert torch.equal(one, other)
+    with bf16_rounding():
+        narrow = evaluate(on("triton"), x, weight, bias, grad, torch.bfloat16)
+    for one, other in zip(narrow, plain, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert relative(one, other.double()) <= 2e-2
+
+
+def said(caplog, backend, x):
+    """What is announced by one call, and the call's result."""
+    backends._announce.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "spikescale.kernels"):
+        chosen = backends.choose_backend("layer_norm", backend, *x)
+    return chosen, [record.getMessage() for record in caplog.records]
+
+
+def test_a_named_backend_is_used_or_refused_and_auto_says_when_it_takes_torchs_own(caplog, monkeypatch):
+    narrow = torch.zeros(2, 3, dtype=torch.bfloat16), *torch.zeros(2, 3, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="C\\+\\+ backend takes float32, not bfloat16"):
+        layer_norm(*narrow, backend="cpu")
+    chosen, lines = said(caplog, "auto", ("cpu", torch.bfloat16))
+    assert chosen == "reference"
+    assert lines == [
+        "layer_norm: backend reference for bfloat16 tensors on cpu"
+        " (torch's own, as the C++ backend takes float32, not bfloat16)"
+    ]
+    assert layer_norm(*narrow).dtype == torch.bfloat16
+    monkeypatch.setattr(backends, "_has_fla", lambda: False)
+    chosen, lines = said(caplog, "auto", ("cuda", torch.float32))
+    assert chosen == "reference"
+    assert "(torch's own, as flash-linear-attention is not installed" in lines[0]
+    with pytest.raises(UserError, match="'triton' of layer_norm: flash-linear-attention is not installed"):
+        backends.choose_backend("layer_norm", "triton", "cuda", torch.float32)
+    monkeypatch.undo()
+    assert said(caplog, "auto", ("cuda", torch.float32))[0] == "triton"
+
+
+def test_without_a_compiler_auto_takes_torchs_own_and_does_not_call_it_slow(caplog, monkeypatch):
+    def refuse(operator, backend):
+        raise backends.BuildError("no C++ compiler")
+
+    monkeypatch.setattr(backends, "_load_cpu", refuse)
+    chosen, lines = said(caplog, "auto", ("cpu", torch.float32))
+    assert chosen == "reference"
+    assert lines == [
+        "layer_norm: backend reference for float32 tensors on cpu (torch's own, as no C++ compiler)"
+    ]

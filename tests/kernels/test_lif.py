@@ -270,10 +270,10 @@ def with_threads():
     torch.set_num_threads(before)
 
 
-def drives(kind, channels, dtype=torch.float32):
-    """1,000 tokens of input current, and a membrane before them."""
+def drives(kind, channels, dtype=torch.float32, length=1000):
+    """An input current, and a membrane before it."""
     generator = torch.Generator().manual_seed(channels)
-    noise = torch.randn(1, 1000, channels, generator=generator)
+    noise = torch.randn(1, length, channels, generator=generator)
     x = {"random": noise * 2 + 0.5, "steady": 1.3 + 1e-3 * noise, "constant": 1.15 + 0 * noise}[kind]
     return x.to(dtype), torch.rand(1, channels, generator=generator) * 0.9
 
@@ -320,6 +320,39 @@ def test_segments_keep_a_nan_where_it_belongs(with_threads):
     assert torch.equal(one.isnan(), other.isnan())
     assert int(other.isnan().sum()) == 800
     assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def backward_results(x, v, reset, grad_s, grad_v, tau, mode, alpha):
+    """Gradients of x and v, and of tau and threshold where tau is None: one a channel, learnt."""
+    from spikescale.kernels.lif.cpu import lif_backward, lif_forward
+
+    tensors = (None, None) if tau is not None else learned_neurons(x.shape[2], False)
+    options = (tau or 1.0, 1.0, 0.0, *mode.values(), alpha)
+    _, _, marks = lif_forward(x, v, reset, *tensors, *options, True, "cpu-plain")
+    given = (x, reset, *tensors, marks, grad_s, grad_v)
+    return lif_backward(*given, *options, tau is None, "cpu-plain")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("tau", "alpha"), [(2.0, 2.0), (3.7, 4.0), (2.0, 8.0), (None, 2.0)])
+@pytest.mark.parametrize("kind", ["random", "steady", "constant"])
+def test_segments_of_time_give_the_gradients_of_one_pass_bit_for_bit(kind, tau, alpha, mode, with_threads):
+    from spikescale.kernels.lif.cpu import library
+
+    generator = torch.Generator().manual_seed(2)
+    reset = torch.rand(1, 1100, generator=generator) < 0.003
+    for channels, dtype, segments in ((16, torch.float32, 8), (33, torch.bfloat16, 2)):
+        assert library("cpu-plain").lif_backward_segments(1, 1100, channels, 8) == segments
+        x, v = drives(kind, channels, dtype, 1100)
+        grad_s, grad_v = torch.randn(x.shape, generator=generator).to(dtype), torch.randn(1, channels)
+        # Gradients of the last membrane alone die away, or grow, through every segment.
+        for mask, grads in ((None, grad_s), (reset, grad_s), (None, torch.zeros_like(grad_s))):
+            arguments = (x, v, mask, grads, grad_v, tau, mode, alpha)
+            whole = with_threads(1, backward_results, *arguments)
+            cut = with_threads(8, backward_results, *arguments)
+            for one, other in zip(whole, cut, strict=True):
+                assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+                assert one.isfinite().any() or one.numel() == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1000, 33), (3, 200, 100)])

@@ -159,6 +159,16 @@ def test_gradients_with_dropout_over_chunks_of_the_usual_length(monkeypatch):
     check_gradients(make_inputs(1, 100, 2), 100, dropout=0.3, seed=2**40 + 7)
 
 
+def test_no_gradient_in_gives_none_out_though_a_chunk_would_amplify_it(monkeypatch):
+    # At the threshold f is 32, and a token multiplies by -16: 1e38 after 32 of them.
+    monkeypatch.setattr(implementation, "CHUNKS", (40,))
+    x, current = torch.zeros(1, 80, 2), torch.full((1, 80, 2), 2.0, requires_grad=True)
+    x_out, _, v = lif_residual_norm(x, current, None, None, None, surrogate_alpha=64.0, backend="triton")
+    assert (x_out == 1).all()
+    (grad,) = torch.autograd.grad([x_out, v], current, [torch.zeros_like(x_out), torch.zeros_like(v)])
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("channels", [1, 100])
 def test_one_token(channels):
     tensors = make_inputs(1, 1, channels)

@@ -14,7 +14,7 @@ from triton_harness import MemoryViolation, bf16_rounding, checked_memory, mutat
 from spikescale.errors import UserError
 from spikescale.kernels.lif import lif
 from spikescale.kernels.lif.reference import lif_reference
-from spikescale.kernels.lif.triton import choose_form, lif_triton, pack_bits, unpack_bits, warm_up
+from spikescale.kernels.lif.triton import choose_form, lif_triton, warm_up
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: run pytest without -m gpu"
@@ -262,20 +262,8 @@ def test_a_gradient_of_only_one_output_is_enough(form):
         assert relative(*grads) <= 1e-6
 
 
-def test_spikes_survive_as_bits():
-    spikes = (make_inputs(2, 70, 100)[0] > 0.5).bfloat16()
-    with checked_memory(seed=0):
-        bits = pack_bits(spikes.transpose(0, 1).contiguous().transpose(0, 1))
-        unpacked = unpack_bits(bits, 70, torch.bfloat16)
-    assert (bits.shape, bits.dtype) == ((2, 3, 100), torch.int32)
-    assert (int(bits[1, 0, 7]) >> 5) & 1 == spikes[1, 5, 7]
-    assert torch.equal(unpacked, spikes)
-    with pytest.raises(ValueError, match="97 tokens must be"):
-        unpack_bits(bits, 97)
-
-
 def test_torch_accepts_the_operator_registration():
-    from spikescale.kernels.lif.triton import _pack_bits, _unpack_bits, lif_triton_forward
+    from spikescale.kernels.lif.triton import lif_triton_forward
 
     x, v, reset = make_inputs(1, 33, 5)
     leaves = [tensor.requires_grad_() for tensor in (x, v)]
@@ -285,8 +273,16 @@ def test_torch_accepts_the_operator_registration():
     torch.library.opcheck(
         lif_triton_forward, (*leaves, reset, *learnt, *numbers, "parallel", 32, True), test_utils=checks
     )
-    torch.library.opcheck(_pack_bits, (x.detach(),), test_utils=checks)
-    torch.library.opcheck(_unpack_bits, (pack_bits(x.detach()), 33, torch.float16), test_utils=checks)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["sequential", "parallel"])
+def test_no_gradient_in_gives_none_out_though_chunks_would_amplify_it(form):
+    # At the threshold f is 32, and a token multiplies by -16: 1e38 after 32 of them.
+    leaf = torch.full((1, 64, 2), 2.0, requires_grad=True)
+    spikes, v = lif_triton(leaf, torch.zeros(1, 2), None, 2.0, 1.0, 0.0, *HARD, 64.0, **form)
+    grads = [torch.zeros_like(spikes), torch.zeros_like(v)]
+    (grad,) = torch.autograd.grad([spikes, v], leaf, grads)
+    assert not grad.any()
 
 
 @pytest.mark.slow

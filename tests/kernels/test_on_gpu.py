@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from operator_cases import DIFFERENTIABLE, make_case
 from torch import Tensor
 
 from spikescale.kernels.activations import sigmoid_gate, squared_relu
+from spikescale.kernels.layer_norm import layer_norm
 from spikescale.kernels.lif import lif
 from spikescale.kernels.lif_norm import lif_residual_norm
+from spikescale.kernels.spike_bits import pack_spikes, pack_sure_spikes, unpack_spikes
 from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import initial_state, wkv
 
@@ -45,6 +48,8 @@ def make_inputs(operator: str, batch: int, length: int, channels: int) -> dict[s
     if operator == "lif_norm":
         inputs = {"stream": normal(*shape), "current": normal(*shape, scale=2), "membrane": normal(*row)}
         return {**inputs, "weight": 1 + normal(*vector, scale=0.1), "bias": normal(*vector)}
+    if operator == "layer_norm":
+        return {"x": normal(*shape), "k": 1 + normal(*vector, scale=0.1), "v": normal(*vector)}
     if operator == "token_mix":
         mus = {f"mu{n}": torch.rand(channels, generator=generator) for n in range(3)}
         return {"x": normal(*shape), "last": normal(*row), **mus}
@@ -63,6 +68,8 @@ def call(operator: str, t: dict[str, Tensor], reset: Tensor, backend: str) -> li
         x, normed, v = lif_residual_norm(*arguments, dropout=0.1, seed=7, reset=reset, backend=backend)
         assert normed is not None
         return [x, normed, v]
+    if operator == "layer_norm":
+        return [layer_norm(t["x"], t["k"], t["v"], backend=backend)]
     if operator == "token_mix":
         return token_mix(t["x"], [t["mu0"], t["mu1"], t["mu2"]], t["last"], reset, backend=backend)
     return [squared_relu(t["x"], backend=backend), sigmoid_gate(t["x"], t["y"], backend=backend)]
@@ -107,7 +114,7 @@ def errors_of(
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations"])
+@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations", "layer_norm"])
 def test_outputs_and_gradients_equal_the_reference(operator, shape, dtype):
     errors = errors_of(operator, shape, dtype)
     assert max(errors.values()) <= LIMITS[dtype], errors
@@ -143,7 +150,40 @@ def test_both_forms_of_lif_give_the_same_spikes_bit_for_bit(shape, drive):
     assert torch.equal(v_parallel, v_sequential)
 
 
-@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "spike_bits"])
+def test_tensors_on_a_second_gpu_are_computed_there(name):
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        run, leaves = make_case(name, 2, 40, 33, device)
+        outputs = run("triton")
+        if name != "spike_bits":
+            wanted = [out.sum() for out in outputs]
+            outputs += torch.autograd.grad(wanted, list(leaves.values()), allow_unused=True)
+        assert torch.cuda.current_device() == 0
+        results.append([out for out in outputs if out is not None])
+    for first, second in zip(*results, strict=True):
+        assert second.device == torch.device("cuda:1")
+        assert torch.equal(first, second.to(first.device))
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_sure_spikes_come_back_without_waiting_for_the_gpu(dtype):
+    spikes = (torch.rand(3, 9001) < 0.3).to(DEVICE, dtype)
+    with torch.cuda.device(DEVICE):
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            bits = pack_sure_spikes(spikes)
+            back = unpack_spikes(bits, spikes.shape, dtype)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(back, spikes)
+    assert torch.equal(pack_spikes(spikes), bits[: -(-spikes.numel() // 8)])
+    assert pack_spikes(spikes * 0.5) is None
+
+
+@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations", "layer_norm"])
 def test_a_second_run_gives_the_same_bits(operator):
     inputs = make_inputs(operator, 2, 1000, 500)
     reset = torch.zeros(2, 1000, dtype=torch.bool)

@@ -14,9 +14,43 @@ from spikescale.errors import UserError
 from spikescale.kernels.ahead_of_time import OPERATORS, TARGETS, compiled_launches, occupancy
 
 LARGER = ("wkv", "lif", "lif_norm")
-SMALLER = ("lif_bits", "token_mix", "activations")
-# Of the larger, what each of TARGETS compiles.
-COMBINATIONS = (("plain", "full", "full", "plain"), ("float32", "bfloat16", "float32", "bfloat16"))
+SMALLER = ("spike_bits", "layer_norm", "token_mix", "activations")
+# Of the larger, what each of TARGETS compiles: options, dtype, and a length of whole blocks or with a rest.
+COMBINATIONS = (
+    ("plain", "full", "full", "plain"),
+    ("float32", "bfloat16", "float32", "bfloat16"),
+    ("8 1024 768", "8 1024 768", "2 1000 512", "2 1000 512"),
+)
+
+# Calls whose code differs from that of COMBINATIONS: one token, rows that fill the widest program, and
+# neurons with a hard reset that gradients do not pass, tau no power of two, thresholds to learn, in float16.
+UNUSUAL = """
+import json, torch
+from spikescale.kernels.ahead_of_time import compiled_launches, operator_calls
+from spikescale.kernels.lif.triton import lif_triton
+
+def neurons():
+    x, threshold = torch.randn(2, 1000, 512).half().requires_grad_(), torch.ones(512, requires_grad=True)
+    spikes, _ = lif_triton(
+        x, torch.zeros(2, 512), None, 3.7, threshold, 0.1, False, True, 2.0, form="sequential"
+    )
+    torch.autograd.grad(spikes, [x, threshold], torch.ones_like(spikes))
+
+def call(operator, shape, dtype, variant):
+    return operator_calls(operator, shape, dtype)[variant]
+
+calls = {
+    "wkv, one token": call("wkv", (1, 1, 768), torch.bfloat16, "wkv sequential, gate, reset"),
+    "lif, one token": call("lif", (1, 1, 768), torch.float32, "lif sequential, soft, learnt, reset"),
+    "lif_norm, one token": call("lif_norm", (1, 1, 768), torch.bfloat16, "lif_norm"),
+    "lif_norm, wide": call("lif_norm", (1, 256, 1792), torch.bfloat16, "lif_norm"),
+    "layer_norm, wide": call("layer_norm", (1, 256, 1792), torch.float32, "layer_norm"),
+    "lif, unusual neurons": neurons,
+}
+for name, call in calls.items():
+    for launch in compiled_launches(call, "sm_90", disassemble=False):
+        print(json.dumps([name, launch.kernel, launch.spilled_bytes, launch.registers]))
+"""
 
 EXPLOSION = """
 import torch, triton, triton.language as tl
@@ -71,8 +105,18 @@ def launches() -> list[dict]:
     """
     with ThreadPoolExecutor(2) as pool:
         larger = [
-            pool.submit(compile_operators, LARGER, target, "--variants", variants, "--dtypes", dtype)
-            for target, variants, dtype in zip(TARGETS, *COMBINATIONS, strict=True)
+            pool.submit(
+                compile_operators,
+                LARGER,
+                target,
+                "--variants",
+                variants,
+                "--dtypes",
+                dtype,
+                "--shape",
+                *size.split(),
+            )
+            for target, variants, dtype, size in zip(TARGETS, *COMBINATIONS, strict=True)
         ]
         smaller = [pool.submit(compile_operators, SMALLER, target) for target in TARGETS]
         return [launch for future in larger + smaller for launch in future.result()]
@@ -89,6 +133,30 @@ def test_every_kernel_of_every_operator_compiles_without_spilling(launches):
         assert 0 < launch["registers"] <= 255, launch
         assert launch["shared_bytes"] <= 48 * 1024, launch
         assert 0 < launch["occupancy"] <= 1, launch
+
+
+@pytest.mark.slow
+def test_unusual_sizes_and_neurons_do_not_spill_either(tmp_path):
+    script = tmp_path / "unusual.py"
+    script.write_text(UNUSUAL, encoding="utf-8")
+    launches = [json.loads(line) for line in run(str(script)).splitlines()]
+    assert {name for name, *_ in launches} >= {"lif, unusual neurons", "lif_norm, wide", "wkv, one token"}
+    assert len(launches) >= 16
+    for name, kernel, spilled, registers in launches:
+        assert spilled == 0, (name, kernel)
+        assert 0 < registers <= 255, (name, kernel)
+
+
+@pytest.mark.slow
+def test_a_program_has_as_many_threads_whatever_the_size_of_a_warp(launches):
+    threads = {}
+    for x in launches:
+        if x["operator"] in ("lif", "token_mix", "activations", "spike_bits"):
+            lanes = 64 if x["target"] == "gfx942" else 32
+            threads.setdefault((x["operator"], x["kernel"]), set()).add(x["num_warps"] * lanes)
+    assert all(len(found) == 1 for found in threads.values()), threads
+    # One channel of 64 a lane.
+    assert {found for key, found in threads.items() if key[0] == "lif" for found in found} == {64}
 
 
 @pytest.mark.slow

@@ -309,6 +309,31 @@ def test_strided_inputs_give_the_same_and_rows_are_not_copied():
 
 
 @interpreted
+@pytest.mark.parametrize(("form", "chunk"), [("sequential", None), ("chunked", 8)])
+def test_gradients_with_strided_inputs_are_those_with_contiguous_ones(form, chunk):
+    from spikescale.kernels.wkv.triton import _rows
+
+    inputs, reset = make_case(2, 11, 8, True)
+    generator = torch.Generator().manual_seed(4)
+    # The gradient of y as a slice of a larger one, over tokens that come first in memory.
+    grad_y = torch.randn(11, 2, 24, generator=generator).transpose(0, 1)[..., 8:16]
+    packed = torch.cat([inputs["gate"], inputs["k"]], dim=-1)
+    gate, k = packed.split(8, dim=-1)
+    strided = {"k": k, "v": inputs["v"].transpose(0, 1).contiguous().transpose(0, 1), "gate": gate}
+    for x in (*strided.values(), grad_y):
+        assert not x.is_contiguous() and _rows(x) is x
+    strided["v"] = strided["v"].repeat_interleave(2, dim=-1)[..., ::2]  # channels apart: copied
+    function, results = triton_form(form, chunk), []
+    for tensors, grad in ((strided, grad_y), ({}, grad_y.contiguous())):
+        leaves = {name: tensors.get(name, x).detach().requires_grad_() for name, x in inputs.items()}
+        w, u, k, v, state, gate = leaves.values()
+        y, _ = function(w, u, k, v, state, reset, gate)
+        results.append([y, *torch.autograd.grad(y, list(leaves.values()), grad)])
+    for actual, wanted in zip(*results, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@interpreted
 def test_gradient_of_a_plain_sum_is_taken_though_it_has_no_strides():
     inputs, _ = make_case(1, 9, 4, False)
     k = inputs["k"].clone().requires_grad_()
