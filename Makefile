@@ -11,6 +11,7 @@
 # CONFIG, ARGS  the run's settings, and words key.sub=value that change them
 # LAUNCHER_ARGS words for the deepspeed launcher, for example --num_accelerators 2
 # TEST_ARGS     words for pytest, for example -k wkv
+# TEST_WORKERS  processes that share the test files (default: two; 0: no sharing, output as it comes)
 # MLFLOW_URI, PORT   what `make mlflow-ui` shows, and where on 127.0.0.1
 
 SHELL := /bin/bash
@@ -42,6 +43,7 @@ CONFIG ?= configs/run/shakespeare.yaml
 ARGS ?=
 LAUNCHER_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 MLFLOW_URI ?= sqlite:///runs/mlflow.db
 PORT ?= 5000
 comma := ,
@@ -90,8 +92,13 @@ $(DATA)/manifest.json: | $(STAMP)
 	$(BIN)/spikescale data prepare --source $(CORPUS) --tokenizer $(TOKENIZER) --output $(DATA) --workers $(CORES)
 
 .PHONY: test
-test: lint ## set up, check style and types, and run every test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: lint test-services ## set up, check style and types, and run every test
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+
+# SLURM and ssh servers, for the tests that start a cluster on this machine.
+.PHONY: test-services
+test-services:
+	@tests/distributed/install.sh
 
 .PHONY: lint
 lint: $(STAMP) typecheck ## check style (ruff) and types (mypy)

@@ -80,6 +80,7 @@ setup(
             *GPU,
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.17.6,<0.18",
             "mypy>=2.4,<3",

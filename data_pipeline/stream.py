@@ -126,6 +126,12 @@ class TokenStream:
         for row in range(count):
             shard, offset = self.locate(start + row)
             rows[row] = self._map(shard)[offset : offset + self.context_length + 1]
+            # Files are checked when a run starts, which may be weeks ago.
+            if int(rows[row].max()) >= self.manifest.tokenizer.vocab_size:
+                raise UserError(
+                    f"{shard.path}: holds token id {int(rows[row].max())} at token {offset} or after, the"
+                    f" vocabulary ends at {self.manifest.tokenizer.vocab_size - 1}: the file was damaged"
+                )
         return torch.from_numpy(rows)
 
     def batch(self, index: int, batch_size: int) -> torch.Tensor:

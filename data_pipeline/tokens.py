@@ -11,12 +11,15 @@ from spikescale.errors import UserError
 
 
 def open_tokens(shard: ShardInfo, dtype: np.dtype) -> np.memmap:
-    """A shard's token ids as a read-only memory map. Raises UserError when it is missing or too short.
+    """A shard's token ids as a read-only memory map. Raises UserError when it is missing or has another size.
 
     Copy what is to outlive the map.
     """
     try:
-        return np.memmap(shard.path, dtype=dtype, mode="r", shape=(shard.tokens,))
+        tokens = np.memmap(shard.path, dtype=dtype, mode="r")
+        if tokens.shape != (shard.tokens,):
+            raise ValueError("not what the manifest says")
+        return tokens
     except (OSError, ValueError) as error:
         size = Path(shard.path).stat().st_size if Path(shard.path).exists() else 0
         raise UserError(

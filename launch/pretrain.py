@@ -3,7 +3,7 @@
 
 import sys
 
-from spikescale.training.pretrain import main
+from spikescale.training.start import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

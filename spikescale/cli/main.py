@@ -23,6 +23,11 @@ COMMANDS = {
         "spikescale.cli.export",
         "write a checkpoint's weights as a self-contained safetensors folder",
     ),
+    "checkpoint": (
+        "spikescale.cli.checkpoint",
+        "list, verify and consolidate the checkpoints of a run",
+    ),
+    "plan": ("spikescale.cli.plan", "memory, speed, days and cost of a run before it is started"),
     "doctor": ("spikescale.cli.doctor", "what this machine has, and what to do about what it lacks"),
 }
 

@@ -8,7 +8,7 @@ unless a name says otherwise.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -109,7 +109,7 @@ class FaultConfig(Strict):
     """What a run does when something goes wrong while it trains."""
 
     nonfinite_limit: Positive = 3  # steps in a row with a loss or gradient that is not finite, then roll back
-    spike_window: Annotated[int, Field(ge=8)] = 64  # logged losses that a new one is compared with
+    spike_window: Annotated[int, Field(ge=8)] = 64  # steps whose losses a new one is compared with
     spike_z: Annotated[float, Field(gt=0)] = 8.0  # robust z-score from which a loss counts as a spike
     spike_action: Literal["off", "warn", "skip", "roll-back"] = "warn"
     rollback_limit: Count = 3  # roll-backs of one run, then it ends
@@ -118,6 +118,15 @@ class FaultConfig(Strict):
     saturated_rate: Fraction = 0.95  # one that fires at no less is saturated
     silent_share: Fraction = 0.9  # dead neurons in a layer from which on it is warned of
     saturated_share: Fraction = 0.5  # saturated neurons in a layer from which on it is warned of
+    inject: str = ""  # faults on purpose, for tests: see docs/faults.md
+
+    @field_validator("inject")
+    @classmethod
+    def _known_faults(cls, text: str) -> str:
+        from spikescale.faults.plan import parse_faults
+
+        parse_faults(text)
+        return text
 
 
 class TrainConfig(Strict):
@@ -197,6 +206,12 @@ class RunConfig(Strict):
         tensor, context = self.parallel.tensor, self.parallel.context
         if tensor > 1 and self.zero.stage == 3:
             raise ValueError("parallel.tensor does not work with zero.stage 3: use a stage up to 2")
+        if context > 1 and self.zero.stage > 1:
+            # Stage 2 would save nothing: a rank needs its whole gradient until backward is through.
+            raise ValueError(
+                f"parallel.context does not work with zero.stage {self.zero.stage}, in which ranks wait for"
+                " one another while backward runs: use stage 1"
+            )
         if self.model.width % tensor:
             raise ValueError(f"parallel.tensor = {tensor} does not divide model.width = {self.model.width}")
         if self.model.context_length % context:

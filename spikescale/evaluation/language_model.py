@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from spikescale.model import SpikeGPT
 
 
+# Nats of each target (N,) under its row of logits (N, ...), which may be overwritten; float32 (N,).
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
+
+
 class TokenSequence(Protocol):
     """The tokens of a split, one after another: `tokens[a:b]` is an int64 array."""
 
@@ -165,11 +169,16 @@ def inputs_and_targets(tokens: TokenSequence, batch: list[Window], eos_id: int) 
     return stacked[:, :-1], stacked[:, 1:]
 
 
-def summed_loss(logits: Tensor, targets: Tensor, scored: int) -> float:
+def whole_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """`TokenLosses` of logits (N, V) of the whole vocabulary."""
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def summed_loss(
+    logits: Tensor, targets: Tensor, scored: int, token_losses: TokenLosses = whole_token_losses
+) -> float:
     """Nats of the last `scored` positions; `logits` (B, T, V), `targets` (B, T)."""
     # Row by row: in float32, a large vocabulary's log-probabilities of a whole batch take gigabytes.
     rows = zip(logits[:, -scored:], targets[:, -scored:], strict=True)
-    losses = [
-        cross_entropy(row.float(), target, reduction="none").sum(dtype=torch.float64) for row, target in rows
-    ]
+    losses = [token_losses(row, target).sum(dtype=torch.float64) for row, target in rows]
     return float(torch.stack(losses).sum())

@@ -8,8 +8,9 @@ from spikescale.config.schema import ModelConfig
 from spikescale.model.channel_mix import ChannelMix
 from spikescale.model.neuron import LIF, Heaviside, NoNeuron
 from spikescale.model.norm import Firing, LayerNorm, add_spikes, on_grid
+from spikescale.model.parts import Parts
 from spikescale.model.state import BlockState, fire, membranes
-from spikescale.model.time_mix import LinearFactory, TimeMix
+from spikescale.model.time_mix import TimeMix
 
 
 def output_neuron(config: ModelConfig) -> nn.Module:
@@ -30,7 +31,7 @@ class Block(nn.Module):
     those of the sub-blocks: the membranes `time_neuron` and `channel_neuron` (B, C).
     """
 
-    def __init__(self, config: ModelConfig, index: int, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig, index: int, parts: Parts) -> None:
         super().__init__()
         self.width, self.dropout, self.layers = config.width, config.dropout, config.layers
         self.backend = config.backend
@@ -38,8 +39,8 @@ class Block(nn.Module):
         self.ln0 = LayerNorm(config.width, config.backend) if index == 0 else None
         self.ln1 = LayerNorm(config.width, config.backend)
         self.ln2 = LayerNorm(config.width, config.backend)
-        self.time_mix = TimeMix(config, f"blocks.{index}.time_mix", linear)
-        self.channel_mix = ChannelMix(config, f"blocks.{index}.channel_mix", linear)
+        self.time_mix = TimeMix(config, parts)
+        self.channel_mix = ChannelMix(config, parts)
         self.time_neuron = output_neuron(config)
         self.channel_neuron = output_neuron(config)
 

@@ -7,9 +7,10 @@ from spikescale.config.schema import ModelConfig
 from spikescale.kernels.activations import sigmoid_gate, squared_relu
 from spikescale.kernels.token_mix import token_mix
 from spikescale.model.neuron import LIF, NoNeuron
+from spikescale.model.parts import Parts
 from spikescale.model.recompute import project
 from spikescale.model.state import BlockState, fire, membranes
-from spikescale.model.time_mix import LinearFactory, projection_dtype
+from spikescale.model.time_mix import projection_dtype
 
 EXPANSION = 4  # inner width over model width
 
@@ -19,21 +20,23 @@ class ChannelMix(nn.Module):
 
     State entries: `channel_mix.shift` (B, C); `channel_mix.activation` (B, 4C) in spikegpt-b; in the
     driven variant the membranes in front of each projection: `channel_mix.key`, `channel_mix.receptance`
-    (B, C) and `channel_mix.value` (B, 4C), the last reading relu^2.
+    (B, C) and `channel_mix.value` (B, 4C), the last reading relu^2. Where the model is divided, the inner
+    4C channels are those of this part.
     """
 
-    def __init__(self, config: ModelConfig, name: str, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         width, inner = config.width, EXPANSION * config.width
-        self.width, self.backend = width, config.backend
+        self.width, self.backend, self.parts = width, config.backend, parts
         self.pack_spikes = True
         self.mu_key = nn.Parameter(torch.empty(width))
         self.mu_receptance = nn.Parameter(torch.empty(width))
-        self.key = linear(width, inner, f"{name}.key")
-        self.value = linear(inner, width, f"{name}.value")
-        self.receptance = linear(width, width, f"{name}.receptance")
+        self.key = parts.column(width, inner)
+        self.value = parts.row(inner, width)
+        self.receptance = parts.column(width, width)
         self.squared_relu = config.variant != "spikegpt-b"
-        self.widths = {"key": width, "receptance": width, "activation": inner, "value": inner}
+        local = parts.channels(inner)
+        self.widths = {"key": width, "receptance": width, "activation": local, "value": local}
         spiking = {"spikegpt-b": ("activation",), "spikegpt-driven": ("key", "receptance", "value")}
         places = spiking.get(config.variant, ())
         self.neurons = nn.ModuleDict(
@@ -50,6 +53,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: BlockState, reset: Tensor | None) -> tuple[Tensor, BlockState]:
         """The sub-block's output (B, T, C) and its new state entries."""
+        x, *mus = self.parts.enter(x, self.mu_key, self.mu_receptance)
         new_state = {"channel_mix.shift": x[:, -1]}
         driven = isinstance(self.neurons["key"], LIF)
 
@@ -63,10 +67,10 @@ class ChannelMix(nn.Module):
 
         # Neurons read their currents in float32.
         dtype = None if driven else projection_dtype(x)
-        mus = (self.mu_key, self.mu_receptance)
         mixed = token_mix(x, mus, state["channel_mix.shift"], reset, dtype, self.backend)
         k = driven_by("key", mixed[0], driven)
         g = squared_relu(k, self.backend) if self.squared_relu else drive("activation", k)
-        r = driven_by("receptance", mixed[1], driven)
+        # Whole, because it gates the sum of all parts' values.
+        r = self.parts.gather(driven_by("receptance", mixed[1], driven))
         value = driven_by("value", g, driven or not self.squared_relu)
         return sigmoid_gate(r, value, self.backend), new_state

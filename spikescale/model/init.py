@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from spikescale.config.schema import ModelConfig
+from spikescale.model.parts import Parts
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialise(model: nn.Module, config: ModelConfig, seed: int, parts: Parts) -> None:
     """Overwrite all parameters of `model` by their initial values; parameters on "meta" are left alone."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
-                parameter.copy_(initial_value(name, parameter.shape, config, seed))
+                value = initial_value(name, parts.full_shape(parameter), config, seed)
+                parameter.copy_(parts.local_slice(value, parameter))
 
 
 def initial_value(name: str, shape: torch.Size | tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

@@ -13,24 +13,29 @@ from spikescale.kernels.surrogate import heaviside
 
 
 class Neuron(nn.Module):
-    """Base of the neurons that fire: records the firing rate while `monitor` is on.
+    """Base of the neurons that fire: records firing rates while `monitor` is on.
 
-    `firing_rate` is the mean of the spikes of the last call, a float32 scalar on their device; NaN
-    before the first monitored call.
+    `channel_rates` is the mean over batch and time of the spikes of the last call, float32 (C,) on their
+    device, and `firing_rate` the mean of that, a scalar; NaN before the first monitored call.
     """
 
     stateful = False
-    firing_rate: Tensor
+    channel_rates: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.monitor = False
-        self.firing_rate = torch.full((), torch.nan, device="cpu")
+        self.channel_rates = torch.full((1,), torch.nan, device="cpu")
+
+    @property
+    def firing_rate(self) -> Tensor:
+        """Mean over the channels, a float32 scalar."""
+        return self.channel_rates.mean()
 
     def record(self, spikes: Tensor) -> None:
-        """Keep the firing rate of `spikes` if it is monitored."""
+        """Keep the firing rates of `spikes` (B, T, C) if they are monitored."""
         if self.monitor:
-            self.firing_rate = spikes.detach().float().mean()
+            self.channel_rates = spikes.detach().float().flatten(0, -2).mean(0)
 
 
 class LIF(Neuron):

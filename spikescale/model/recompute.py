@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spikescale.kernels.spike_bits import pack_spikes, unpack_spikes
+from spikescale.kernels.spike_bits import pack_spikes, pack_sure_spikes, unpack_spikes
 
 logger = logging.getLogger("spikescale.model")
 
@@ -64,8 +64,10 @@ def project(linear: nn.Module, x: Tensor, spikes: bool) -> Tensor:
     def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.Size, torch.dtype]:
         if tensor.numel() != size or not tensor.is_floating_point():
             return tensor
-        # The matrix product may keep its input as a transposed view.
-        bits = pack_spikes(tensor)
+        # The matrix product may keep its input as a transposed view, and its weight beside it. Where the
+        # weight cannot be taken for the input, a GPU need not be waited for to know what this is.
+        sure = tensor.is_cuda and all(weight.numel() != size for weight in linear.parameters())
+        bits = pack_sure_spikes(tensor) if sure else pack_spikes(tensor)
         return tensor if bits is None else (bits, tensor.shape, tensor.dtype)
 
     def unpack(packed: Tensor | tuple[Tensor, torch.Size, torch.dtype]) -> Tensor:

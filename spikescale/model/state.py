@@ -5,12 +5,31 @@ saved, indexed by batch row and handed between processes with plain torch.
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 BlockState = dict[str, Tensor]
 State = list[BlockState]
+
+
+class Relay(Protocol):
+    """Hands states between models that read successive parts of the same sequences.
+
+    The model calls `receive` before each block and `hand_on` after it, outside of what activation
+    checkpointing repeats. Both also take the residual stream, or what the head reads, and return it with
+    the same values: so the two lie on the way from the loss to every parameter, and backward passes
+    `hand_on`, the block and `receive` in this order.
+    """
+
+    def receive(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """x, and the block's state after the part before; `state` itself where there is none before."""
+        ...
+
+    def hand_on(self, x: Tensor, state: BlockState) -> Tensor:
+        """x; the block's state is on its way to whoever reads the part after."""
+        ...
 
 
 def fire(

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spikescale import files
 from spikescale.config import ModelConfig
 from spikescale.errors import UserError
+from spikescale.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from spikescale.data_pipeline.tokenizers import Tokenizer
@@ -62,7 +62,7 @@ def save_model_folder(
         raise ValueError("config.vocab_size must be a number in a model that is saved")
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(weights.items())}
     with _folder_aside(folder) as aside:
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        written = write_tensors(aside / WEIGHTS, tensors, {"format": "pt"})
         tokenizer.save(aside / TOKENIZER)
         files.write_json(
             aside / SETTINGS,
@@ -70,7 +70,7 @@ def save_model_folder(
                 "format": FORMAT,
                 "config": config.model_dump(mode="json"),
                 "parameters": sum(tensor.numel() for tensor in tensors.values()),
-                "weights_sha256": files.sha256_file(aside / WEIGHTS),
+                "weights_sha256": written.sha256,
                 "tokenizer_sha256": tokenizer.sha256,
                 "info": dict(info),
             },

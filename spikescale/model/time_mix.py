@@ -1,7 +1,5 @@
 """TimeMix, the spiking RWKV sub-block that mixes tokens over time (SpikeGPT Sec. 3.4, SRWKV)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +7,9 @@ from spikescale.config.schema import ModelConfig
 from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import initial_state, wkv
 from spikescale.model.neuron import LIF, NoNeuron
+from spikescale.model.parts import Parts
 from spikescale.model.recompute import project
 from spikescale.model.state import BlockState, fire, membranes
-
-LinearFactory = Callable[[int, int, str], nn.Module]
 
 PROJECTIONS = ("key", "value", "receptance", "output")
 
@@ -27,23 +24,25 @@ class TimeMix(nn.Module):
     """x (B, T, C) -> W_o (sigmoid(r) * wkv(k, v)), with k, v, r projected from shifted mixtures of x.
 
     State entries: `time_mix.shift` (B, C), `time_mix.wkv` (B, 3, C), and in the driven variant the
-    membrane `time_mix.<projection>` (B, C) in front of each projection.
+    membrane `time_mix.<projection>` (B, C) in front of each projection. Where the model is divided, WKV and
+    all between the projections (the membrane `time_mix.output` too) has the channels of this part.
     """
 
-    def __init__(self, config: ModelConfig, name: str, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         width = config.width
-        self.width, self.backend = width, config.backend
+        self.width, self.backend, self.parts = width, config.backend, parts
+        self.channels = parts.channels(width)
         self.pack_spikes = True
         self.mu_key = nn.Parameter(torch.empty(width))
         self.mu_value = nn.Parameter(torch.empty(width))
         self.mu_receptance = nn.Parameter(torch.empty(width))
-        self.time_decay = nn.Parameter(torch.empty(width))
-        self.time_first = nn.Parameter(torch.empty(width))
-        self.key = linear(width, width, f"{name}.key")
-        self.value = linear(width, width, f"{name}.value")
-        self.receptance = linear(width, width, f"{name}.receptance")
-        self.output = linear(width, width, f"{name}.output")
+        self.time_decay = parts.vector(width)
+        self.time_first = parts.vector(width)
+        self.key = parts.column(width, width)
+        self.value = parts.column(width, width)
+        self.receptance = parts.column(width, width)
+        self.output = parts.row(width, width)
         driven = config.variant == "spikegpt-driven"
         self.neurons = nn.ModuleDict(
             {key: LIF(config.neuron, config.backend) if driven else NoNeuron() for key in PROJECTIONS}
@@ -51,15 +50,17 @@ class TimeMix(nn.Module):
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         """The state of `batch` sequences before their first token."""
-        neurons = ((f"time_mix.{key}", self.neurons[key], self.width) for key in PROJECTIONS)
+        widths = {**dict.fromkeys(PROJECTIONS, self.width), "output": self.channels}
+        neurons = ((f"time_mix.{key}", self.neurons[key], width) for key, width in widths.items())
         return {
             "time_mix.shift": torch.zeros(batch, self.width, device=device, dtype=dtype),
-            "time_mix.wkv": initial_state(batch, self.width, device, dtype),
+            "time_mix.wkv": initial_state(batch, self.channels, device, dtype),
             **membranes(neurons, batch, device, dtype),
         }
 
     def forward(self, x: Tensor, state: BlockState, reset: Tensor | None) -> tuple[Tensor, BlockState]:
         """The sub-block's output (B, T, C) and its new state entries."""
+        x, *mus = self.parts.enter(x, self.mu_key, self.mu_value, self.mu_receptance)
         new_state = {"time_mix.shift": x[:, -1]}
         driven = isinstance(self.neurons["key"], LIF)
 
@@ -70,7 +71,6 @@ class TimeMix(nn.Module):
 
         # Neurons read their currents in float32.
         dtype = None if driven else projection_dtype(x)
-        mus = (self.mu_key, self.mu_value, self.mu_receptance)
         mixed = token_mix(x, mus, state["time_mix.shift"], reset, dtype, self.backend)
         k = driven_by("key", mixed[0])
         v = driven_by("value", mixed[1])

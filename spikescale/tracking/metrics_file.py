@@ -3,20 +3,33 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from spikescale.errors import UserError
 from spikescale.files import write_text
 
 
 class MetricsFile:
-    """Appends one line for each record; a resumed run first drops what lies after its checkpoint."""
+    """Appends one line for each record; a resumed run first drops what lies after its checkpoint.
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    resume_step, rollbacks: how many steps, and roll-backs in the run's life, the checkpoint has seen.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0, rollbacks: int = 0) -> None:
         self.path = path
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step] if path.exists() else []
-        write_text(path, "".join(_line(record) for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._cut(resume_step, rollbacks)
+
+    def _cut(self, step: int, rollbacks: int) -> TextIO:
+        there = read_metrics(self.path) if self.path.exists() else []
+        # A roll-back is recorded at the step that it leads to.
+        kept = [r for r in there if r["step"] <= step and r.get("rollback", 0) <= rollbacks]
+        write_text(self.path, "".join(_line(record) for record in kept))
+        return self.path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        """Drop the records after `step`, and those of roll-backs after the first `rollbacks`."""
+        self._file.close()
+        self._file = self._cut(step, rollbacks)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record`, which has at least a key `step`, and hand it to the operating system."""

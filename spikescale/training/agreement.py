@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from spikescale.errors import UserError
+from spikescale.faults.exits import lost_reason
 from spikescale.training.bootstrap import Process
 
 T = TypeVar("T")
@@ -59,13 +60,24 @@ def from_main(process: Process, action: Callable[[], T]) -> T:
 def say_error(process: Process, error: UserError) -> None:
     """Write the error's one line: once for all ranks if they agreed on it, else with the rank's number."""
     if isinstance(error, AgreedError):
-        if process.is_main:
-            _write_line(f"error: {error}")
-        if process.world_size > 1:
-            # A launcher ends all ranks as soon as one has left: nobody leaves before the line is written.
-            torch.distributed.barrier()
+        say_agreed(process, f"error: {error}")
     else:
         _write_line(f"error: rank {process.rank}: {error}" if process.world_size > 1 else f"error: {error}")
+
+
+def say_agreed(process: Process, text: str) -> None:
+    """Write one line for all ranks; every rank calls it, and none leaves before it is written."""
+    if process.is_main:
+        _write_line(text)
+    if process.world_size > 1:
+        # A launcher ends all ranks as soon as one has left.
+        torch.distributed.barrier()
+
+
+def say_lost(process: Process, error: BaseException) -> None:
+    """Write the line of a rank that lost another one."""
+    then = "the run goes on from its last checkpoint"
+    _write_line(f"rank {process.rank}: another rank is gone ({lost_reason(error)}); {then}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line of launch/pretrain.py."""
 
 import argparse
+from collections.abc import Callable
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -13,7 +14,9 @@ Start it with any of:
   deepspeed launch/pretrain.py --config configs/run/tiny.yaml train.lr=1e-3
   torchrun --nproc-per-node 8 launch/pretrain.py --config configs/run/tiny.yaml
   srun python launch/pretrain.py --config configs/run/tiny.yaml
-  python launch/pretrain.py --config configs/run/tiny.yaml"""
+  python launch/pretrain.py --config configs/run/tiny.yaml
+  python launch/pretrain.py --ranks 2 --max-restarts 10 --config configs/run/tiny.yaml
+The last one starts the ranks of this machine itself, and all of them again when one fails."""
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -26,6 +29,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file that describes the run")
+    parser.add_argument(
+        "--ranks", type=_at_least(1), metavar="R", help="start R ranks on this machine and look after them"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=_at_least(0),
+        metavar="N",
+        help="start the ranks again, from the last checkpoint, at most N times when one fails (default: 0)",
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not for people")
     parser.add_argument(
         "settings", nargs="*", metavar="key.sub=value", help="settings over those of the file"
@@ -35,6 +47,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     # A word such as --lr is refused as no setting, with what a setting looks like.
     arguments.settings = unknown + arguments.settings
     return arguments
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(word: str) -> int:
+        if not word.isascii() or not word.isdigit() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from {least} on")
+        return int(word)
+
+    return number
 
 
 def setting_list(kind: type[BaseModel] = RunConfig, prefix: str = "") -> str:

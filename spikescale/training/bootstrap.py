@@ -116,17 +116,34 @@ def join_processes(process: Process) -> None:
 
     # Building this CPU extension takes a minute and needs ninja, and only DeepSpeed's inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if process.device.type == "cuda" else "gloo"
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False
-        )
-    except torch.distributed.DistNetworkError as error:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _join_round(process, backend)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = "the port is taken" if "EADDRINUSE" in str(error) else str(error).partition("\n")[0]
         raise UserError(
             f"{address}: the ranks cannot meet there ({reason}); give the launcher another port"
             " (deepspeed --master_port, torchrun --master-port)"
         ) from None
+
+
+def _join_round(process: Process, backend: str) -> None:
+    """Start torch's communication in the store of torchrun's agent, apart from ranks that have ended."""
+    from torch.distributed.constants import default_pg_timeout
+
+    from spikescale.training.rendezvous import round_store
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = torch.distributed.TCPStore(
+        address, port, process.world_size, is_master=False, timeout=default_pg_timeout
+    )
+    store = round_store(shared, process.rank, process.world_size, default_pg_timeout)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=process.rank, world_size=process.world_size, timeout=default_pg_timeout
+    )
 
 
 def leave_processes() -> None:
@@ -141,14 +158,20 @@ def available_cores() -> int:
 
 
 def silence_known_noise() -> None:
-    """Hide warnings of torch and DeepSpeed about each other, which a user can do nothing about."""
+    """Hide warnings of torch, DeepSpeed and megatron-core that a user can do nothing about."""
     import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     warnings.filterwarnings(
         "ignore", category=UserWarning, message=r".*lr_scheduler.*", module=r"deepspeed\..*"
     )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, message="Transformer Engine and Apex are not", module=r"megatron\..*"
+    )
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.setLevel(logging.WARNING)
+    # A dropped update is said in our own words, with the reason, which this line gets wrong for a loss spike.
+    deepspeed_log.addFilter(lambda record: "OVERFLOW! Skipping step" not in record.getMessage())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

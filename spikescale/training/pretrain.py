@@ -11,7 +11,17 @@ from safetensors import SafetensorError
 from spikescale.config import RunConfig, load_config
 from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.errors import UserError
-from spikescale.training.agreement import AgreedError, agreed, only_run_in, say_error
+from spikescale.faults.exits import DONE, INTERRUPTED, LOST, REQUEUE, RequeueError, is_lost_rank
+from spikescale.faults.guard import Guard
+from spikescale.parallel import Layout
+from spikescale.training.agreement import (
+    AgreedError,
+    agreed,
+    only_run_in,
+    say_agreed,
+    say_error,
+    say_lost,
+)
 from spikescale.training.allocator import keep_freed_memory
 from spikescale.training.arguments import parse_arguments
 from spikescale.training.bootstrap import (
@@ -23,20 +33,24 @@ from spikescale.training.bootstrap import (
 )
 from spikescale.training.checkpoint import is_write_failure, write_failure
 from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_loss
+from spikescale.training.offload import require_offload
 from spikescale.training.run import Inputs, Pretraining
 
 
-def pretrain(config: RunConfig, process: Process) -> None:
+def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) -> None:
     """Run the pretraining that `config` describes in this process, one of possibly many that have joined.
 
-    Raises AgreedError for input that cannot be trained on, and UserError for a disk that cannot take
-    what is written.
+    guard: watches over this process; None: one that leaves signals alone. Raises AgreedError for input that
+    cannot be trained on, UserError for a disk that cannot take what is written, and RequeueError on all ranks
+    when one of them was asked to stop.
     """
     set_threads(process, config.train.threads)
     if process.device.type == "cpu":
         keep_freed_memory()
-    agreed(process, lambda: micro_batching(config, process.world_size))
+    layout = agreed(process, lambda: Layout.of(config.parallel, process.rank, process.world_size))
+    agreed(process, lambda: micro_batching(config, layout.data))
     agreed(process, lambda: uses_fused_loss(config, process.device))
+    agreed(process, lambda: require_offload(config, process))
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"
     manifest = agreed(process, lambda: load_manifest(config.data.path, verify))
@@ -47,9 +61,9 @@ def pretrain(config: RunConfig, process: Process) -> None:
     try:
         with contextlib.ExitStack() as held:
             agreed(process, lambda: held.enter_context(only_run_in(settled.folder, process)))
-            inputs = agreed(process, lambda: Inputs.open(settled, process, manifest))
+            inputs = agreed(process, lambda: Inputs.open(settled, layout, manifest))
             # What may still be refused here (another layout, another model) every rank refuses alike.
-            agreed(process, lambda: Pretraining(settled, process, inputs)).run()
+            agreed(process, lambda: Pretraining(settled, process, layout, inputs, guard)).run()
     except (OSError, RuntimeError, SafetensorError) as error:
         if is_write_failure(error):
             raise write_failure(error, config.folder) from error
@@ -88,11 +102,16 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     arguments = parse_arguments(argv)
     process = Process(0, 1, 0, 1, torch.device("cpu"))
+    guard = Guard()
     try:
+        deepspeed = arguments.local_rank is not None
         process = prepare_process()
+        name = f"rank {process.rank}: " if process.world_size > 1 else ""
+        guard.install(os.environ, deepspeed, name)
         if process.world_size > 1:
             join_processes(process)  # first, so that whatever is wrong is said once for all ranks
-        pretrain(agreed(process, lambda: load_config(arguments.config, arguments.settings)), process)
+        config = agreed(process, lambda: load_config(arguments.config, arguments.settings))
+        pretrain(config, process, guard)
         leave_processes()
     except UserError as error:
         say_error(process, error)
@@ -100,7 +119,18 @@ def main(argv: list[str]) -> int:
             os._exit(error.exit_code)  # the others are waiting for this rank: an orderly end would wait too
         leave_processes()
         return error.exit_code
+    except RequeueError as request:
+        say_agreed(process, str(request))
+        leave_processes()
+        return REQUEUE
     except KeyboardInterrupt:
         print("interrupted; the run resumes from its last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
+    except Exception as error:
+        if process.world_size > 1 and is_lost_rank(error):
+            say_lost(process, error)
+            os._exit(LOST)  # an orderly end would wait for the rank that is gone
+        raise
+    finally:
+        guard.close()
+    return DONE

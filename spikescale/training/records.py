@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from spikescale.config import RunConfig
 from spikescale.data_pipeline.manifest import Manifest
 from spikescale.errors import UserError
+from spikescale.faults.events import append_event
 from spikescale.files import read_json, write_json, write_text
 from spikescale.tracking.curves import plot_curves
 from spikescale.tracking.environment import describe_environment
@@ -36,7 +37,12 @@ MLFLOW_NAMES = {
     "flops_per_second": "speed/flops_per_second",
     "peak_share": "speed/share_of_peak",
     "data_wait_share": "speed/data_wait_share",
+    "skipped_steps": "faults/skipped_steps",
+    "rollbacks": "faults/rollbacks",
+    "spikes": "faults/spikes",
 }
+# Figures that each layer has, and their group of charts.
+MLFLOW_LAYERS = {"firing_rates": "neurons", "dead_neurons": "dead", "saturated_neurons": "saturated"}
 
 
 class RunRecords:
@@ -53,7 +59,9 @@ class RunRecords:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
-        self._metrics = MetricsFile(self.folder / "metrics.jsonl", restored["step"] if restored else 0)
+        step = restored["step"] if restored else 0
+        rollbacks = restored.get("faults", {}).get("rollbacks", 0) if restored else 0
+        self._metrics = MetricsFile(self.folder / "metrics.jsonl", step, rollbacks)
         if config.mlflow.enabled:
             self._start_mlflow(settings, process, manifest, restored)
 
@@ -99,6 +107,17 @@ class RunRecords:
         if self._mlflow:
             self._mlflow.log_metrics(_metric_names(record), record["step"])
 
+    def event(self, event: str, step: int, **facts: Any) -> None:
+        """Append to events.jsonl what happened at a step besides training."""
+        if self.is_main:
+            append_event(self.folder, event, step, **facts)
+
+    def roll_back(self, step: int, number: int, facts: dict[str, Any]) -> None:
+        """Drop the records after `step` and record roll-back number `number` in their place."""
+        if self.is_main:
+            self._metrics.rewind(step, number - 1)
+            self.write({"step": step, "rollback": number, **facts})
+
     def write_samples(self, step: int, texts: list[str]) -> None:
         """Append generated texts to samples.txt."""
         if self.is_main:
@@ -120,7 +139,7 @@ class RunRecords:
         self._attempt("metrics.jsonl", self._metrics.close)
         self._attempt("curves.png", self._draw)
         if self._mlflow:
-            for name in ("metrics.jsonl", "samples.txt", "log.txt", "curves.png"):
+            for name in ("metrics.jsonl", "events.jsonl", "samples.txt", "log.txt", "curves.png"):
                 if (self.folder / name).exists():
                     self._mlflow.log_file(self.folder / name)
             self._mlflow.finish(status)
@@ -153,7 +172,8 @@ def _earlier_run(path: Path, store: str) -> str | None:
 
 def _metric_names(record: dict[str, Any]) -> dict[str, float]:
     named = {MLFLOW_NAMES[key]: value for key, value in record.items() if key in MLFLOW_NAMES}
-    named |= {f"neurons/{layer}": rate for layer, rate in record.get("firing_rates", {}).items()}
+    for key, group in MLFLOW_LAYERS.items():
+        named |= {f"{group}/{layer}": share for layer, share in record.get(key, {}).items()}
     return {name: value for name, value in named.items() if value is not None}
 
 

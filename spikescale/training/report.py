@@ -19,7 +19,8 @@ def sample_texts(run: "Pretraining") -> list[str]:
         temperature=train.temperature, top_p=train.top_p, seed=train.seed, max_tokens=train.sample_tokens
     )
     prompt, samples = train.sample_prompt, train.sample_count
-    texts = complete(run.engine.module, run.tokenizer, prompt, samples=samples, settings=settings)
+    model = run.parts.whole_logits(run.engine.module)
+    texts = complete(model, run.tokenizer, prompt, samples=samples, settings=settings)
     return [prompt + text for text in texts]
 
 
@@ -56,7 +57,8 @@ def final_report(run: "Pretraining") -> None:
         )
     columns = ["split", "nats/token", "perplexity", "bits/byte", "bits/char", "trigram bits/byte", "tokens"]
     console.table(f"{run.config.name} at step {run.step}", columns, rows)
-    speed = run.tokens_per_step * run.total_steps / run.total_seconds if run.total_steps else 0.0
+    steps, seconds = run.clock.total_steps, run.clock.total_seconds
+    speed = run.tokens_per_step * steps / seconds if steps else 0.0
     firing = run.mean_firing_rate
     facts = [
         ("training speed", f"{speed:.0f} tokens/s" if speed else "no step was taken"),

@@ -1,6 +1,8 @@
 """One pretraining run, told as a story: prepare, restore, step, watch, save, report."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -13,12 +15,20 @@ from spikescale.data_pipeline.stream import Loader, TokenStream, split_tokens
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.errors import UserError
 from spikescale.evaluation.language_model import LanguageModelResult
-from spikescale.kernels.backend import build_operators, choose_backend
+from spikescale.faults.anomalies import Judge, Verdict
+from spikescale.faults.discard import discarded, was_dropped
+from spikescale.faults.exits import RequeueError
+from spikescale.faults.guard import Agreement, Guard
+from spikescale.faults.inject import Injector
+from spikescale.faults.neuron_health import NeuronHealth
 from spikescale.model import SpikeGPT
-from spikescale.model.loss import language_model_loss
-from spikescale.training.agreement import AgreedError
+from spikescale.parallel import Layout
+from spikescale.parallel.context import ContextRelay, part_of
+from spikescale.parallel.tensor import tensor_parts
+from spikescale.training import recovery
 from spikescale.training.bootstrap import Process
 from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
+from spikescale.training.clock import StepClock
 from spikescale.training.console import TrainingConsole
 from spikescale.training.engine import (
     build_engine,
@@ -27,13 +37,13 @@ from spikescale.training.engine import (
     micro_batching,
     uses_fused_loss,
 )
-from spikescale.training.flops import measured_peak, training_flops_per_token
+from spikescale.training.feed import Feed
+from spikescale.training.flops import training_flops_per_token
+from spikescale.training.introduction import introduce
 from spikescale.training.records import RunRecords
 from spikescale.training.report import final_report, sample_texts
 from spikescale.training.schedule import learning_rate
 from spikescale.training.validation import validate
-
-SLOW = " (the plain definition, slow; no compiled kernel serves this device)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,34 +55,59 @@ class Inputs:
     loader: Loader
 
     @classmethod
-    def open(cls, config: RunConfig, process: Process, manifest: Manifest) -> "Inputs":
+    def open(cls, config: RunConfig, layout: Layout, manifest: Manifest) -> "Inputs":
         """Open the tokenizer and this rank's part of the batches. Raises UserError."""
         data = config.data
         tokenizer = load_tokenizer(manifest.tokenizer_folder)
         stream = TokenStream(manifest, "train", config.model.context_length, data.seed, data.shuffle_window)
-        micro, _ = micro_batching(config, process.world_size)
-        loader = Loader(stream, config.train.batch_size, process.rank, process.world_size, micro)
+        micro, _ = micro_batching(config, layout.data)
+        loader = Loader(stream, config.train.batch_size, layout.data_rank, layout.data, micro)
         return cls(manifest, tokenizer, loader)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one step."""
+
+    agreement: Agreement
+    verdict: Verdict
+    norm: float | None  # of the whole gradient, where the step was measured
 
 
 class Pretraining:
     """One run: the model, its engine, its data and everything that watches it."""
 
-    def __init__(self, config: RunConfig, process: Process, inputs: Inputs) -> None:
-        self.config, self.process = config, process
+    def __init__(
+        self,
+        config: RunConfig,
+        process: Process,
+        layout: Layout,
+        inputs: Inputs,
+        guard: Guard | None = None,
+    ) -> None:
+        self.config, self.process, self.layout = config, process, layout
         self.manifest, self.tokenizer, self.loader = inputs.manifest, inputs.tokenizer, inputs.loader
+        self.feed, self.guard, self.judge = Feed(inputs.loader), guard or Guard(), Judge(config.faults)
         train, model = config.train, config.model
-        self.model = SpikeGPT(model, seed=train.seed)
+        self.parts = tensor_parts(layout, model)
+        self.model = SpikeGPT(model, seed=train.seed, parts=self.parts)
         self.model.activation_checkpointing = train.activation_checkpointing
         self.model.compact_activations = train.compact_activations
         self.fused_loss = uses_fused_loss(config, process.device)
-        seed_everything(train.seed, process.rank)
-        self.engine = build_engine(self.model, config, process)
+        # Ranks of a tensor group must draw alike: they compute parts of one model.
+        seed_everything(train.seed, process.rank // layout.tensor)
+        self.engine = build_engine(self.model, config, process, layout)
+        self.relay = ContextRelay.of(layout)
         self.tokens_per_step = train.batch_size * model.context_length
         self.validation: LanguageModelResult | None = None
-        self.step = 0
+        self.validated_step = 0
+        self.step = self.saved_step = 0
+        self.mean_firing_rate: float | None = None
+        self.health = NeuronHealth(config.faults, self.model.neurons(), layout, process.device)
+        self.injector = Injector(config.faults.inject, process.rank, config.folder, self.model)
+        self.restore_note: str | None = None  # what a resume in another layout could not bring back
 
-        self.checkpoints = CheckpointFolder(config.folder / "checkpoints", process)
+        self.checkpoints = CheckpointFolder(config.folder / "checkpoints", process, layout, self.parts.group)
         restored = self._restore()
         self.records = RunRecords(config, process, self.manifest, restored.state if restored else None)
         # Only now: compiled modules and restored weights must be the same objects.
@@ -80,6 +115,7 @@ class Pretraining:
             self.engine.compile()
         speaks = config.folder / "log.txt" if process.is_main else None
         self.console = TrainingConsole(train.steps, self.step, speaks)
+        self.checkpoints.say = self.console.say
 
     def _restore(self) -> Checkpoint | None:
         checkpoint = None if self.config.resume == "never" else self.checkpoints.newest_valid()
@@ -89,162 +125,183 @@ class Pretraining:
             return None
         written_for = ModelConfig.model_validate_json(checkpoint.state["model_json"])
         _require_same_model(written_for, self.config.model, checkpoint.folder)
-        self.loader.load_state_dict(checkpoint.state["data"])
-        self.checkpoints.load(checkpoint, self.engine, self.config)
-        self.step = checkpoint.step
+        self.feed.load_state_dict(checkpoint.state["data"])
+        self.restore_note = self.checkpoints.load(checkpoint, self.engine, self.config)
+        self.judge.load_state_dict(checkpoint.state.get("faults", {}))
+        self.health.load_state_dict(checkpoint.state.get("neurons", {}))
+        self.step = self.saved_step = checkpoint.step
         return checkpoint
 
     def run(self) -> None:
         """Train to the last step, then evaluate whole splits, sample, and report."""
-        train, console = self.config.train, self.console
+        config, console = self.config, self.console
         status = "FAILED"
         try:
-            self._introduce()
-            self._watch_start()
-            batches = iter(self.loader)
-            while self.step < train.steps:
-                started = time.perf_counter()
-                logged = self._is_due(train.log_every, self.step + 1)
-                loss, norm = self._train_step(next(batches), measure=logged)
-                self.step += 1
-                self._count_time(time.perf_counter() - started, logged)
-                console.step(self.step)
-                if logged:
-                    self._log(loss, norm)
-                saving = self._is_due(train.save_every, self.step)
-                if saving or self._is_due(train.evaluate_every, self.step):
-                    self._validate()
-                if saving:
-                    self._save()
-                if train.sample_count and train.sample_every and self.step % train.sample_every == 0:
-                    self._sample()
+            on_hang = functools.partial(recovery.note_hang, self)
+            self.guard.begin(config.faults, self.process, config.folder, on_hang)
+            self.peak = introduce(self)
+            self.clock = StepClock(self.loader)
+            self.records.event("start", self.step, ranks=self.process.world_size)
+            recovery.require_data(self)
+            while self.step < config.train.steps:
+                self._advance()
             console.end_progress()
-            final_report(self)
+            with self.guard.patience("finishing"):
+                self.checkpoints.finish()
+                self.guard.stop.release()
+                final_report(self)
+            self.records.event("end", self.step)
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RequeueError):
             status = "KILLED"
             raise
         finally:
-            self.loader.close()
+            self.feed.close()
+            self.checkpoints.close()
             console.close()
-            self.records.close(status)
+            with self.guard.patience("closing the records"):
+                self.records.close(status)
+            self.guard.end()
 
-    def _train_step(self, micro_batches: list[torch.Tensor], measure: bool) -> tuple[float, float | None]:
-        """One optimizer step. With `measure`, the mean loss over all ranks and the gradient norm."""
+    def _advance(self) -> None:
+        """One step, and whatever is due after it. Raises RequeueError when any rank was asked to stop."""
+        train = self.config.train
+        started = time.perf_counter()
+        logged = self._is_due(train.log_every, self.step + 1)
+        outcome = self._train_step(self.feed.take(), measure=logged)
+        self.step += 1
+        self.guard.step_done()
+        self.clock.count(time.perf_counter() - started, logged)
+        self.console.step(self.step)
+        if logged:
+            self._log(outcome)
+        if outcome.verdict.reason:
+            recovery.note(self, outcome)
+        if outcome.verdict.action == "roll-back":
+            recovery.roll_back(self, outcome.verdict.reason)
+        else:
+            self._do_what_is_due()
+        if outcome.agreement.unreadable:
+            recovery.end_without_data(self)
+        if outcome.agreement.stop:
+            recovery.stop(self, outcome.agreement.stop)
+        if outcome.agreement.unsaved:
+            self.checkpoints.finish()
+        self.checkpoints.poll()
+
+    def _do_what_is_due(self) -> None:
+        train = self.config.train
+        saving = self._is_due(train.save_every, self.step)
+        if (saving or self._is_due(train.evaluate_every, self.step)) and not self._validate():
+            assert self.validation is not None
+            recovery.roll_back(self, f"the validation loss is {self.validation.loss}")
+            return
+        # A checkpoint is good to go back to: none is made amid steps that had to be dropped.
+        if saving and (not self.judge.bad_in_a_row or self.step == train.steps):
+            self.save()
+        if train.sample_count and train.sample_every and self.step % train.sample_every == 0:
+            self._sample()
+
+    def _train_step(self, micro_batches: list[torch.Tensor], measure: bool) -> Outcome:
+        """One optimizer step, dropped where loss or gradient will not do. `measure`: neurons and norm."""
         train, engine = self.config.train, self.engine
         rate = learning_rate(self.step, train)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
+        self.injector.begin_step(self.step + 1)
         losses = torch.zeros((), device=self.process.device)
-        norm = None
         for index, tokens in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            tokens = tokens.to(self.process.device, non_blocking=True)
+            tokens = part_of(tokens.to(self.process.device, non_blocking=True), self.layout)
             if measure and last:
                 self._monitor_neurons(True)
             total, loss = self._losses(tokens[:, :-1], tokens[:, 1:])
-            engine.backward(total)
-            losses += loss.detach()
-            if measure and last and self.config.zero.stage == 0:
-                norm = local_gradient_norm(self.model)
-            engine.step()
-        if not measure:
-            return 0.0, None
-        self._monitor_neurons(False)
+            engine.backward(self.injector.change_loss(total, self.feed.number))
+            losses += self.injector.change_loss(loss.detach(), self.feed.number)
+            if not last:
+                engine.step()
+        if measure:
+            self._monitor_neurons(False)
+        self.injector.within_step(self.step + 1)
+        self.feed.read_ahead()
         losses /= len(micro_batches)
-        if self.process.world_size > 1:
-            torch.distributed.all_reduce(losses)
-            losses /= self.process.world_size
-        return float(losses), norm if norm is not None else gradient_norm(engine)
+        agreement = self.guard.agree(self.process, losses, self.feed.failed, self.checkpoints.failed)
+        # At other stages DeepSpeed computes the norm within the step, and drops what is not finite.
+        norm = local_gradient_norm(self.model, self.parts.group) if self.config.zero.stage == 0 else None
+        verdict = self.judge.look_at(agreement.loss, norm)
+        with contextlib.nullcontext() if verdict.action == "use" else discarded(engine):
+            engine.step()
+        if verdict.action == "use" and was_dropped(engine):
+            verdict = Verdict("drop", "the gradient is not finite")
+        if measure and norm is None:
+            norm = gradient_norm(engine)
+        return Outcome(agreement, self.judge.take(agreement.loss, verdict), norm)
 
     def _losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss to minimise and the cross-entropy to report."""
         regulariser = self.config.train.logit_regulariser
         if self.fused_loss:
-            losses, _ = self.engine(tokens, targets=targets, regulariser=regulariser)
+            losses, _ = self.engine(tokens, targets=targets, regulariser=regulariser, relay=self.relay)
             return losses[0], losses[1].detach()
-        logits, _ = self.engine(tokens)
-        return language_model_loss(logits, targets, regulariser)
+        logits, _ = self.engine(tokens, relay=self.relay)
+        return self.parts.loss(logits, targets, regulariser)
 
     def _monitor_neurons(self, on: bool) -> None:
         for _, neuron in self.model.neurons():
             neuron.monitor = on
 
-    def firing_rates(self) -> dict[str, float]:
-        """Share of tokens at which a neuron of each layer fired, in the last monitored pass."""
-        named = self.model.neurons()
-        if not named:
-            return {}
-        rates = torch.stack([neuron.firing_rate.to(self.process.device) for _, neuron in named])
-        if self.process.world_size > 1:
-            torch.distributed.all_reduce(rates)
-            rates /= self.process.world_size
-        return {name: rate for (name, _), rate in zip(named, rates.tolist(), strict=True)}
-
-    def _watch_start(self) -> None:
-        self.seconds, self.timed_steps, self.waited = 0.0, 0, self.loader.wait_seconds
-        self.total_seconds, self.total_steps = 0.0, 0
-        self.warm = False
-        self.mean_firing_rate: float | None = None
-
-    def _count_time(self, seconds: float, logged: bool) -> None:
-        # The first step builds kernels and allocates; it counts only where it is the only one to report.
-        if self.warm or logged:
-            self.seconds += seconds
-            self.timed_steps += 1
-        if self.warm:
-            self.total_seconds += seconds
-            self.total_steps += 1
-        else:
-            self.warm, self.waited = True, self.loader.wait_seconds if not logged else self.waited
-
-    def _log(self, loss: float, norm: float | None) -> None:
-        rates = self.firing_rates()
-        self.mean_firing_rate = mean_of_blocks(rates)
-        per_second = self.tokens_per_step * self.timed_steps / self.seconds
+    def _log(self, outcome: Outcome) -> None:
+        health = self.health.observe()
+        self.mean_firing_rate = health.mean_rate
+        speed = self.clock.read()
+        per_second = self.tokens_per_step / speed.seconds_per_step
         flops = per_second * training_flops_per_token(self.config.model)
         record = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
-            "loss": loss,
+            "loss": outcome.agreement.loss,
             "lr": learning_rate(self.step - 1, self.config.train),
-            "gradient_norm": norm,
+            "gradient_norm": outcome.norm,
             "tokens_per_second": per_second,
             "flops_per_second": flops,
             "peak_share": flops / (self.peak * self.process.world_size),
-            "data_wait_share": (self.loader.wait_seconds - self.waited) / self.seconds,
+            "data_wait_share": speed.wait_share,
             "firing_rate": self.mean_firing_rate,
-            "firing_rates": rates,
+            "firing_rates": health.rates,
+            "dead_neurons": health.dead,
+            "saturated_neurons": health.saturated,
         }
-        average = self.total_seconds / self.total_steps if self.total_steps else self.seconds
-        self.console.log(record, (self.config.train.steps - self.step) * average)
+        self.console.log(record, (self.config.train.steps - self.step) * self.clock.seconds_per_step(speed))
         self.records.write(record)
-        if not math.isfinite(loss):
-            raise AgreedError(
-                f"step {self.step}: the loss is {loss}; lower train.lr or raise train.warmup_steps: it goes"
-                f" on from its last checkpoint in {self.checkpoints.folder}"
-            )
-        self.seconds, self.timed_steps, self.waited = 0.0, 0, self.loader.wait_seconds
+        if self.step >= self.config.train.warmup_steps:
+            for change in self.health.changes(health):
+                self.console.say(f"step {self.step}: {change.sentence}")
+                self.records.event(change.event, self.step, layer=change.layer, share=change.share)
 
     def evaluate(self, split: str, limit: int | None = None) -> LanguageModelResult:
         """Loss over a split (its first `limit` tokens); every rank calls it."""
-        micro, _ = micro_batching(self.config, self.process.world_size)
+        micro, _ = micro_batching(self.config, self.layout.data)
         return validate(
             self.engine,
             split_tokens(self.manifest, split),
             context_length=self.config.model.context_length,
             batch_size=micro,
             eos_id=self.manifest.tokenizer.eos_id,
-            process=self.process,
+            layout=self.layout,
+            device=self.process.device,
+            token_losses=self.parts.token_losses,
             totals=self.manifest.totals(split),
             limit=limit,
+            progress=self.guard.beat,
         )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Evaluate a part of the valid split; whether the loss is a number."""
         if not self.manifest.totals("valid").tokens:
-            return
-        result = self.evaluate("valid", self.config.train.evaluate_tokens)
-        self.validation = result
+            return True
+        with self.guard.patience("evaluating"):
+            result = self.evaluate("valid", self.config.train.evaluate_tokens)
+        self.validation, self.validated_step = result, self.step
         self.console.say(
             f"step {self.step:>{len(str(self.config.train.steps))}}  valid loss {result.loss:.4f}"
             f"  ppl {result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}"
@@ -252,73 +309,37 @@ class Pretraining:
         )
         figures = {f"valid_{key}": value for key, value in dataclasses.asdict(result).items()}
         self.records.write({"step": self.step, **figures})
-        if not math.isfinite(result.loss):
-            raise AgreedError(
-                f"step {self.step}: the validation loss is {result.loss}; nothing was saved, the run goes on"
-                f" from its last checkpoint in {self.checkpoints.folder}"
-            )
+        return math.isfinite(result.loss)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the state as it is."""
         state = {
             "step": self.step,
-            "data": self.loader.state_dict(),
+            "data": self.feed.state_dict(),
             "model_json": self.config.model.model_dump_json(),
+            "faults": self.judge.state_dict(),
+            "neurons": self.health.state_dict(),
         }
         metrics = {}
-        if self.validation:
+        if self.validation and self.validated_step == self.step:
             metrics = {
                 "valid_loss": self.validation.loss,
                 "valid_bits_per_byte": self.validation.bits_per_byte,
             }
-        folder = self.checkpoints.save(self.engine, self.config, self.tokenizer, state, metrics)
-        self.console.say(f"saved {folder}")
+        self.injector.begin_save(self.step, self.checkpoints.folder)
+        with self.guard.patience("saving"):
+            self.checkpoints.save(self.engine, self.config, self.tokenizer, state, metrics)
+        self.saved_step = self.step
 
     def _sample(self) -> None:
-        texts = sample_texts(self)
+        with self.guard.patience("sampling"):
+            texts = sample_texts(self)
         self.records.write_samples(self.step, texts)
         for text in texts:
             self.console.say(f"--- sample at step {self.step}\n{text}")
 
     def _is_due(self, every: int, step: int) -> bool:
         return step == self.config.train.steps or (every > 0 and step % every == 0)
-
-    def _introduce(self) -> None:
-        config, model = self.config, self.config.model
-        dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-        self.peak = measured_peak(self.process.device, dtype)
-        totals = self.manifest.totals("train")
-        micro, accumulation = micro_batching(config, self.process.world_size)
-        self.console.say(
-            f"{config.name}: {model.variant}, {model.layers} layers, width {model.width},"
-            f" {self.model.count_parameters(embeddings=True) / 1e6:.2f}M parameters"
-            f" ({self.model.count_parameters(embeddings=False) / 1e6:.2f}M without embeddings)"
-        )
-        self.console.say(
-            f"data {self.manifest.folder}: {totals.tokens} tokens, {totals.documents} documents to train on,"
-            f" {config.train.steps * self.tokens_per_step / totals.tokens:.2f} epochs planned"
-        )
-        self.console.say(
-            f"{self.process.world_size} rank(s) on {self.process.device.type}, {torch.get_num_threads()}"
-            f" threads each, ZeRO {config.zero.stage}, {config.train.precision}, {micro} x {accumulation}"
-            f" sequences a rank and step, peak {self.peak / 1e12:.3f} TFLOP/s a rank (measured)"
-        )
-        if self.process.device.type == "cpu":
-            build_operators(model.backend)
-        kernels = choose_backend("wkv", model.backend, self.process.device.type, dtype)
-        loss = ", loss fused with the head" if self.fused_loss else ""
-        self.console.say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}{loss}")
-        if not self.manifest.totals("valid").tokens:
-            self.console.say("no validation split: nothing is validated, and no checkpoint is the best")
-        if self.step:
-            self.console.say(f"resumed at step {self.step}")
-        if self.step >= config.train.steps:
-            self.console.say(f"train.steps = {config.train.steps} are done already; only the report is left")
-
-
-def mean_of_blocks(rates: dict[str, float]) -> float | None:
-    """Mean over the layers' neurons without the binary embedding; None when there are none."""
-    inner = [rate for name, rate in rates.items() if not name.startswith("embedding")]
-    return sum(inner) / len(inner) if inner else None
 
 
 def _require_same_model(saved: ModelConfig, wanted: ModelConfig, folder: Path) -> None:

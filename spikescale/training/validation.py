@@ -1,17 +1,19 @@
 """Loss over a split while training, shared between the ranks and counted exactly once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spikescale.evaluation.language_model import (
     LanguageModelResult,
+    TokenLosses,
     batches_of_windows,
     inputs_and_targets,
     summed_loss,
     windows,
 )
-from spikescale.training.bootstrap import Process
+from spikescale.parallel import Layout
 
 
 @torch.no_grad()
@@ -22,34 +24,41 @@ def validate(
     context_length: int,
     batch_size: int,
     eos_id: int,
-    process: Process,
+    layout: Layout,
+    device: torch.device,
+    token_losses: TokenLosses,
     totals: Any,
     limit: int | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> LanguageModelResult:
     """Mean loss over the first `limit` tokens of a split (None: all), the windows dealt out to the ranks.
 
     Every rank makes the same number of forward passes, padded by ones that do not count, because
-    under ZeRO 3 a pass is a joint act. tokens: `len()` and `[a:b]` giving int64 arrays; totals: the
-    split's tokens, bytes and characters.
+    under ZeRO 3 a pass is a joint act. Ranks of one tensor group hold parts of one model and read the same
+    windows. tokens: `len()` and `[a:b]` giving int64 arrays; token_losses: of the logits that the
+    model gives; totals: the split's tokens, bytes and characters; progress: called after each pass.
     """
     count = len(tokens) if limit is None else min(limit, len(tokens))
     batches = list(batches_of_windows(windows(count, context_length, context_length), batch_size))
     nats, scored = 0.0, 0
     was_training = engine.module.training
     engine.eval()
-    for first in range(0, len(batches), process.world_size):
-        mine = first + process.rank
+    readers, reader = layout.world_size // layout.tensor, layout.rank // layout.tensor
+    for first in range(0, len(batches), readers):
+        mine = first + reader
         batch = batches[min(mine, len(batches) - 1)]
         inputs, targets = inputs_and_targets(tokens, batch, eos_id)
-        logits, _ = engine(inputs.to(process.device))
+        logits, _ = engine(inputs.to(device))
         if mine < len(batches):
-            nats += summed_loss(logits, targets.to(process.device), batch[0].scored)
+            nats += summed_loss(logits, targets.to(device), batch[0].scored, token_losses)
             scored += len(batch) * batch[0].scored
+        progress()
     engine.train(was_training)
-    sums = torch.tensor([nats, scored], dtype=torch.float64, device=process.device)
-    if process.world_size > 1:
+    sums = torch.tensor([nats, scored], dtype=torch.float64, device=device)
+    if layout.world_size > 1:
         torch.distributed.all_reduce(sums)
-    nats, scored = float(sums[0]), int(sums[1])
+        sums /= layout.tensor
+    nats, scored = float(sums[0]), round(float(sums[1]))
     if scored != count:
         raise AssertionError(f"{scored} tokens were scored, {count} were to be")
     return LanguageModelResult.from_sum(

@@ -7,6 +7,7 @@ from torch import nn
 
 from spikescale.errors import UserError
 from spikescale.model import SpikeGPT, language_model_loss
+from spikescale.model.parts import Parts
 
 
 def loss_and_gradients(model, forward=None, tokens=None):
@@ -174,26 +175,49 @@ def test_every_projection_of_the_driven_variant_reads_spikes(variant, spiking):
     assert sum(binary) == spiking
 
 
-def test_projections_come_from_the_given_factory_by_name():
-    made = {}
+class Halves(Parts):
+    """Half of what can be divided, as if another process held the other half."""
 
-    def factory(in_features, out_features, name):
-        made[name] = (in_features, out_features)
-        return nn.Linear(in_features, out_features, bias=False)
+    def vector(self, width):
+        parameter = nn.Parameter(torch.empty(width // 2))
+        parameter.whole = (width,)
+        return parameter
 
-    model = SpikeGPT(make_config(layers=1, width=8), linear=factory)
-    assert made == {
-        "blocks.0.time_mix.key": (8, 8),
-        "blocks.0.time_mix.value": (8, 8),
-        "blocks.0.time_mix.receptance": (8, 8),
-        "blocks.0.time_mix.output": (8, 8),
-        "blocks.0.channel_mix.key": (8, 32),
-        "blocks.0.channel_mix.value": (32, 8),
-        "blocks.0.channel_mix.receptance": (8, 8),
-        "head": (8, 50),
+    def column(self, in_features, out_features):
+        linear = nn.Linear(in_features, out_features // 2, bias=False)
+        linear.weight.whole = (out_features, in_features)
+        return linear
+
+    def row(self, in_features, out_features):
+        linear = nn.Linear(in_features // 2, out_features, bias=False)
+        linear.weight.whole = (out_features, in_features)
+        return linear
+
+    def full_shape(self, parameter):
+        return getattr(parameter, "whole", tuple(parameter.shape))
+
+    def local_slice(self, full, parameter):
+        return full[tuple(slice(length) for length in parameter.shape)]
+
+
+def test_projections_and_divided_vectors_are_made_by_the_given_parts():
+    whole = dict(SpikeGPT(make_config(layers=1, width=8), seed=1).named_parameters())
+    model = SpikeGPT(make_config(layers=1, width=8), seed=1, parts=Halves())
+    halved = {name: tuple(p.shape) for name, p in model.named_parameters() if p.shape != whole[name].shape}
+    assert halved == {
+        "blocks.0.time_mix.time_decay": (4,),
+        "blocks.0.time_mix.time_first": (4,),
+        "blocks.0.time_mix.key.weight": (4, 8),
+        "blocks.0.time_mix.value.weight": (4, 8),
+        "blocks.0.time_mix.receptance.weight": (4, 8),
+        "blocks.0.time_mix.output.weight": (8, 4),
+        "blocks.0.channel_mix.key.weight": (16, 8),
+        "blocks.0.channel_mix.receptance.weight": (4, 8),
+        "blocks.0.channel_mix.value.weight": (8, 16),
     }
-    parameters = dict(model.named_parameters())
-    assert all(f"{name}.weight" in parameters for name in made)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, model.parts.local_slice(whole[name], parameter)), name
+    assert model.count_parameters() == sum(parameter.numel() for parameter in whole.values())
 
 
 def test_a_model_without_vocabulary_is_refused():

@@ -51,17 +51,21 @@ def test_run_learns_and_leaves_everything_it_promises(run_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "ranks", "stage"), [("python", 1, 1), ("python", 1, 0), ("deepspeed", 2, 3)]
+    ("launcher", "ranks", "stage", "save_async"),
+    [("python", 1, 1, "false"), ("python", 1, 0, "true"), ("deepspeed", 2, 3, "true")],
 )
-def test_resumed_run_continues_the_loss_bit_for_bit(run_file, tmp_path, launcher, ranks, stage):
+def test_resumed_run_continues_the_loss_bit_for_bit(run_file, tmp_path, launcher, ranks, stage, save_async):
     words = [
         "--config",
         str(run_file),
         "model.dropout=0.1",
         "train.micro_batch_size=2",
         f"zero.stage={stage}",
+        f"train.save_async={save_async}",
     ]
-    launch([*words, "name=whole"], launcher, ranks)
+    done = launch([*words, "name=whole"], launcher, ranks)
+    assert done.stdout.count("training stood still for") == 2
+    assert done.stdout.count("in the background") == (2 if save_async == "true" else 0)
     whole = tmp_path / "runs" / "whole"
     part = tmp_path / "runs" / "part"
     shutil.copytree(whole, part)
@@ -74,14 +78,19 @@ def test_resumed_run_continues_the_loss_bit_for_bit(run_file, tmp_path, launcher
     assert all((weights[name] == resumed[name]).all() for name in weights)
 
 
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(run_file, tmp_path):
+def test_damaged_checkpoint_is_passed_over_and_other_ranks_go_on_from_the_one_before(run_file, tmp_path):
     launch(["--config", str(run_file)])
-    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    damaged = next((checkpoints / "step-00000012" / "engine").glob("*optim*"))
+    folder = tmp_path / "runs" / "run"
+    curve = losses(folder)
+    damaged = next((folder / "checkpoints" / "step-00000012" / "training").glob("part-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    done = launch(["--config", str(run_file)])
+    done = launch(
+        ["--config", str(run_file), "zero.stage=2", "train.micro_batch_size=2"], "torchrun", ranks=2
+    )
     assert "passed over" in done.stderr
     assert "resumed at step 6" in done.stdout
+    assert done.stdout.count("random generators are seeded anew") == 1
+    assert losses(folder) == pytest.approx(curve, abs=1e-4)
 
 
 @pytest.fixture(scope="module")

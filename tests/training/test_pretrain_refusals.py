@@ -125,6 +125,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(run_file, tm
         "--config",
         str(run_file),
         "train.steps=18",
+        "train.save_async=true",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=small_files_only)
     assert done.returncode == 2, done.stderr[-3000:]
@@ -138,16 +139,6 @@ def test_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(run_file, tm
     resumed = launch(["--config", str(run_file), "train.steps=18"])
     assert "resumed at step 12" in resumed.stdout
     assert json.loads((checkpoints / "step-00000018" / "state.json").read_text())["step"] == 18
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_other_number_of_ranks_is_refused_on_resume(run_file):
-    launch(["--config", str(run_file)])
-    done = launch(["--config", str(run_file), "train.steps=18"], "deepspeed", ranks=2, check=False)
-    assert done.returncode == 2
-    assert errors_of(done) == 1
-    assert "written by 1 ranks with ZeRO stage 1; this run has 2 ranks" in done.stderr
 
 
 @pytest.mark.slow
