@@ -95,6 +95,12 @@ def require_offload(config: RunConfig, process: Process) -> None:
         )
     if "nvme" not in (zero.offload_optimizer, zero.offload_parameters):
         return
+    if zero.offload_parameters == "nvme" and process.device.type == "cpu":
+        # DeepSpeed 0.19.8 swaps weights through bfloat16 buffers where the device has no float16.
+        raise UserError(
+            "zero.offload_parameters = nvme: DeepSpeed rounds float32 weights to bfloat16 without a GPU;"
+            " use cpu or none"
+        )
     path = zero.nvme_path
     assert path is not None, "the schema asks for it"
     if not path.is_dir():

@@ -117,6 +117,12 @@ def test_nvme_without_libaio_is_refused_by_name(tmp_path, monkeypatch):
         require_offload(config, process_on())
 
 
+def test_weights_on_disk_are_refused_where_deepspeed_would_round_them(tmp_path):
+    config = config_of(stage=3, offload_parameters="nvme", nvme_path=tmp_path)
+    with pytest.raises(UserError, match=r"offload_parameters = nvme.*use cpu or none"):
+        require_offload(config, process_on(CPU))
+
+
 def test_cpu_adam_without_a_compiler_is_refused(monkeypatch):
     import deepspeed.ops.op_builder as builders
 
