@@ -80,6 +80,7 @@ def adam_steps(engine: Any) -> list[float]:
 
 
 def main(path: Path) -> None:
+    faulthandler.enable()
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     process = prepare_process()
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ def test_training_goes_on_as_if_the_step_had_not_been(tmp_path):
     command = [torchrun, "--standalone", "--nproc-per-node=2", script, str(tmp_path / "results.json")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]  # torchrun adds its own to the end
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 18
     wrong = {key: found for key, found in results.items() if found != [True, True, True]}
