@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,3 +19,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not re.match(r"gpu\b", config.getoption("markexpr")):
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def restored_environment() -> Iterator[None]:
+    """What a test sets in this process (a rank's place, say) does not reach the programs of the next one."""
+    before = dict(os.environ)
+    yield
+    for name in (before.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
