@@ -31,6 +31,10 @@ while true; do sleep 3600; done
 """
 
 
+# A rank's place, which this process may have taken in another test; a scheduler would hand it on to its jobs.
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 class HostsUnavailableError(Exception):
     """Why no host can be made here."""
 
@@ -89,6 +93,7 @@ class Host:
     ) -> "subprocess.Popen[str]":
         """Start a command; its output goes to `log`, or to pipes. It ends with the host at the latest."""
         change = ["env", f"--chdir={folder or Path.cwd()}"]
+        change += [f"--unset={name}" for name in PLACES]
         change += [f"{key}={value}" for key, value in (environment or {}).items()]
         with contextlib.ExitStack() as held:
             target = held.enter_context(log.open("ab")) if log else None

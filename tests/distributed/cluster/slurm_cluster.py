@@ -104,7 +104,7 @@ class SlurmCluster:
         """The job's state, for example PENDING, RUNNING, COMPLETED."""
         return self.job(number)["JobState"]
 
-    def wait_for_end(self, number: str, log: Path, seconds: float = 180) -> dict[str, str]:
+    def wait_for_end(self, number: str, log: Path, seconds: float = 600) -> dict[str, str]:
         """Wait until the job is in a state it does not leave; what `job` says then."""
         active = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "PREEMPTED")
         what = f"the end of job {number} ({log})"

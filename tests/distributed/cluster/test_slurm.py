@@ -109,7 +109,7 @@ def submitted(jobs, run_file):
 def test_sweep_trains_each_line_and_requeues_only_the_element_that_asked(submitted, jobs):
     array = submitted["sweep"]
     first, second = (jobs.folder / "runs" / f"rates-{element}" for element in (1, 2))
-    wait_for(lambda: logged_steps(second) >= 5, 120, "5 steps")
+    wait_for(lambda: logged_steps(second) >= 5, 400, "5 steps")
     # The last element's own number is the whole array's, which must not be requeued with it.
     element = f"{array}_2"
     assert jobs.cluster.job(element)["JobId"] == array
@@ -141,7 +141,7 @@ def test_bad_input_is_not_tried_again(submitted, jobs):
 
 def test_cancelled_job_stays_cancelled_though_it_saved(submitted, jobs):
     number = jobs.behave("save", "cancelled")
-    wait_for(lambda: jobs.text("cancelled").count("of 2, start 1") == 2, 30, "both ranks of the job")
+    wait_for(lambda: jobs.text("cancelled").count("of 2, start 1") == 2, 120, "both ranks of the job")
     jobs.cluster.run(["scancel", number])
     state, restarts, log = jobs.end(number, "cancelled")
     assert (state, restarts) == ("CANCELLED", 0)
@@ -162,7 +162,7 @@ def test_preempted_run_continues_bit_for_bit(submitted, jobs, run_file):
     assert list(losses(whole)) == list(range(1, STEPS + 1))
     words = ["--config", str(run_file), "model.dropout=0.1", "name=preempted"]
     number = jobs.submit("preempted", PRETRAIN, words, ["--nodes", "2"])
-    wait_for(lambda: logged_steps(part) >= 5, 120, "5 steps")
+    wait_for(lambda: logged_steps(part) >= 5, 400, "5 steps")
     # Held still, it cannot end before it is preempted, which first sends SIGCONT.
     jobs.cluster.run(["scancel", "--signal=STOP", number])
     # A job that wants both nodes whole, in the partition that goes first.
