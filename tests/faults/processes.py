@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launching import ROOT, free_port
+from launching import launch_command
 
 from spikescale.faults.events import read_events
 
@@ -20,20 +20,7 @@ PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def start(words: list[str], launcher: str = "python", ranks: int = 1) -> subprocess.Popen[str]:
     """Start a run under python (supervised with `--ranks` among the words), deepspeed or torchrun."""
     binaries = Path(sys.executable).parent
-    script = str(ROOT / "launch" / "pretrain.py")
-    command = {
-        "python": [sys.executable, script],
-        "deepspeed": [
-            str(binaries / "deepspeed"),
-            *("--num_accelerators", str(ranks), "--master_port", str(free_port())),
-            script,
-        ],
-        "torchrun": [
-            str(binaries / "torchrun"),
-            *("--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1", "--monitor-interval=0.1"),
-            script,
-        ],
-    }[launcher]
+    command = launch_command(launcher, ranks, "--max-restarts=1", "--monitor-interval=0.1")
     environment = {name: value for name, value in os.environ.items() if name not in PLACES}
     environment |= {
         "PATH": f"{binaries}:{os.environ['PATH']}",

@@ -61,16 +61,7 @@ def launch(
 ):
     """Run launch/pretrain.py with `words` under a launcher; its CompletedProcess."""
     binaries = Path(sys.executable).parent
-    script = str(ROOT / "launch" / "pretrain.py")
-    command = {
-        "python": [sys.executable, script],
-        "deepspeed": [
-            str(binaries / "deepspeed"),
-            *("--num_accelerators", str(ranks), "--master_port", str(free_port())),
-            script,
-        ],
-        "torchrun": [str(binaries / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", script],
-    }[launcher]
+    command = launch_command(launcher, ranks)
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(variable, None)
@@ -85,6 +76,22 @@ def launch(
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def launch_command(launcher: str, ranks: int, *torchrun_words: str) -> list[str]:
+    """The words that start launch/pretrain.py on `ranks` ranks under python (one), deepspeed or torchrun."""
+    binaries = Path(sys.executable).parent
+    script = str(ROOT / "launch" / "pretrain.py")
+    port = ["--master_port", str(free_port())] if launcher == "deepspeed" else []
+    return {
+        "python": [sys.executable, script],
+        "deepspeed": [str(binaries / "deepspeed"), "--num_accelerators", str(ranks), *port, script],
+        "torchrun": [
+            str(binaries / "torchrun"),
+            *("--standalone", f"--nproc-per-node={ranks}", *torchrun_words),
+            script,
+        ],
+    }[launcher]
 
 
 def free_port() -> int:
