@@ -3,7 +3,8 @@
 
 import sys
 
+from spikescale.training.ending import end_process
 from spikescale.training.start import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -31,6 +31,7 @@ from spikescale.parallel.tensor import tensor_parts
 from spikescale.training.bootstrap import Process, join_processes, leave_processes, prepare_process
 from spikescale.training.checkpoint import CheckpointFolder, verify_checkpoint
 from spikescale.training.convert import consolidate
+from spikescale.training.ending import end_process
 from spikescale.training.engine import build_engine, micro_batching
 
 SECONDS = 240  # after which a worker that hangs ends itself
@@ -310,3 +311,4 @@ def main(folder: Path, group: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    end_process(0)

@@ -27,6 +27,7 @@ from spikescale.model import SpikeGPT, State
 from spikescale.model.state import detach_state
 from spikescale.parallel import Layout
 from spikescale.parallel.context import ContextRelay, part_of
+from spikescale.training.ending import end_process
 
 SECONDS = 90  # after which a worker that hangs ends itself
 LENGTH = 42  # tokens of a sequence: divisible by 2 and 3
@@ -174,3 +175,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spikescale.config import load_config
 from spikescale.training.bootstrap import join_processes, leave_processes, prepare_process
+from spikescale.training.ending import end_process
 from spikescale.training.pretrain import pretrain
 
 SECONDS = 120  # after which a worker that hangs ends itself
@@ -30,3 +31,4 @@ def main(run_file: Path, runs: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    end_process(0)

@@ -31,6 +31,7 @@ from spikescale.parallel.shards import full_tensor, is_sharded
 from spikescale.parallel.tensor import TensorParts, tensor_parts
 from spikescale.training import engine as engines
 from spikescale.training.bootstrap import Process, join_processes, leave_processes, prepare_process
+from spikescale.training.ending import end_process
 from spikescale.training.pretrain import pretrain
 
 SECONDS = 240  # after which a worker that hangs ends itself
@@ -238,3 +239,4 @@ def main(output: Path, run_file: Path, runs: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    end_process(0)

@@ -19,6 +19,7 @@ from spikescale.faults.discard import discarded, was_dropped
 from spikescale.model import SpikeGPT
 from spikescale.parallel import Layout
 from spikescale.training.bootstrap import Process, join_processes, leave_processes, prepare_process
+from spikescale.training.ending import end_process
 from spikescale.training.engine import build_engine, local_gradient_norm
 
 SECONDS = 150  # after which a worker that hangs ends itself
@@ -103,3 +104,4 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

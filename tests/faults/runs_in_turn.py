@@ -12,6 +12,7 @@ from pathlib import Path
 from spikescale.config import load_config
 from spikescale.errors import UserError
 from spikescale.training.bootstrap import join_processes, leave_processes, prepare_process
+from spikescale.training.ending import end_process
 from spikescale.training.pretrain import pretrain
 
 
@@ -32,3 +33,4 @@ def main(run_file: Path, ends: Path, runs: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    end_process(0)

@@ -15,6 +15,7 @@ from spikescale.model import SpikeGPT
 from spikescale.model.loss import language_model_loss
 from spikescale.parallel import Layout
 from spikescale.training.bootstrap import join_processes, leave_processes, prepare_process, set_threads
+from spikescale.training.ending import end_process
 from spikescale.training.engine import build_engine, build_optimizer
 
 STEPS, BATCH, LENGTH, SYMBOLS = 20, 8, 64, 64
@@ -105,3 +106,4 @@ def main(nvme: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1] if len(sys.argv) > 1 else "")
+    end_process(0)
