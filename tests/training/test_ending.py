@@ -22,18 +22,17 @@ def test_a_collective_that_ends_during_the_end_aborts_nothing():
 
 
 def ended(code: str) -> subprocess.CompletedProcess[str]:
-    program = f"from spikescale.training.ending import end_process\n{code}"
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    program = f"import os, sys\nfrom spikescale.training.ending import end_process\n{code}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=buffered)
 
 
 def test_the_exit_code_is_the_one_given_and_unflushed_output_arrives():
-    done = ended("import sys; print('out', end=''); sys.stderr.write('err'); end_process(75)")
+    done = ended("print('out', end=''); sys.stderr.write('err'); end_process(75)")
     assert (done.returncode, done.stdout, done.stderr) == (75, "out", "err")
 
 
 def test_a_closed_output_is_told_by_the_exit_code_as_python_does():
-    done = ended("import os; print('lost'); os.close(1); end_process(0)")
-    assert done.returncode == 120
-    assert ended("import os; print('lost'); os.close(1); end_process(3)").returncode == 3
+    assert ended("print('lost'); os.close(1); end_process(0)").returncode == 120
+    assert ended("print('lost'); os.close(1); end_process(3)").returncode == 3
