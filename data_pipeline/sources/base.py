@@ -6,10 +6,19 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Document(NamedTuple):
-    """One text, and the place it came from (file and line or row) for messages."""
+    """One text, and the place it came from (file and line or row) for messages.
+
+    Attributes:
+        text: the document.
+        place: where it was read.
+        metadata: what is known of it beside its text, such as (("category", "physics"),), in a fixed order.
+        fault: why the record is no document, in a few words; empty for a good one.
+    """
 
     text: str
     place: str
+    metadata: tuple[tuple[str, str], ...] = ()
+    fault: str = ""
 
 
 class Partition(Protocol):
