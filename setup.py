@@ -44,7 +44,7 @@ setup(
     package_data={
         "spikescale.configs": ["*/*.yaml"],
         "spikescale.kernels": ["*/*.cpp", "*/*.h", "*/README.md"],
-        "spikescale.data_pipeline": ["*/*.yaml"],
+        "spikescale.data_pipeline": ["*/*.yaml", "*/*/*.yaml"],
     },
     install_requires=[
         "torch>=2.13,<2.14",
@@ -54,6 +54,8 @@ setup(
         "datasets>=5.2,<6",
         "mlflow>=3.17,<3.18",
         "sentencepiece>=0.2.1,<0.3",
+        "pyphen>=0.17,<0.18",
+        "requests>=2.32,<3",
         "tokenizers>=0.23,<0.24",
         "fastokens>=0.3.5,<0.4",
         "omegaconf>=2.4,<2.5",

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documen
 from spikescale.data_pipeline.tasks import HashSample, ShardTask, Survey, SurveyTask
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, parse_spec
 from spikescale.data_pipeline.tokenizers.base import DESCRIPTION
+from spikescale.data_pipeline.tokenizers.conditioned import conditioned
 from spikescale.data_pipeline.tokenizers.huggingface import Fast, HuggingFaceTokenizer
 from spikescale.errors import UserError
 from spikescale.files import read_json, sweep_temporaries, write_json
@@ -50,6 +52,9 @@ class PrepareSettings:
         limit_documents: read about so many, spread evenly over the partitions; None reads all.
         tokenizer_sample_characters: training text of a SentencePiece tokenizer.
         fast: auto, require or off: the fast path of tokenizer.json kinds.
+        condition_on: keys of the documents' metadata whose values become ids in front of each document;
+            the source must have been asked for them (`ReadOptions.metadata_keys`).
+        condition_dropout: share of the documents that are left without.
         workers: processes. ray: run them on Ray; ray_address: of a running cluster.
         overwrite: replace what another request left in the folder.
         quiet: show no progress.
@@ -61,6 +66,8 @@ class PrepareSettings:
     limit_documents: int | None = None
     tokenizer_sample_characters: int = 10_000_000
     fast: Fast = "auto"
+    condition_on: tuple[str, ...] = ()
+    condition_dropout: float = 0.1
     workers: int = 1
     ray: bool = True
     ray_address: str | None = None
@@ -122,6 +129,9 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
     tokenizer: dict[str, Any] = {"spec": settings.tokenizer, "eos": settings.eos}
     if settings.tokenizer.startswith("sentencepiece"):
         tokenizer["sample_characters"] = settings.tokenizer_sample_characters
+    if settings.condition_on:
+        tokenizer["condition_on"] = list(settings.condition_on)
+        tokenizer["condition_dropout"] = settings.condition_dropout
     return {
         "version": 1,
         "source": {"name": source.name, **source.identity()},
@@ -211,10 +221,13 @@ def _tokenizer(
         return load_tokenizer(folder)
     characters: set[str] = set()
     texts: list[str] = []
-    if spec.learns_from is not None:
+    syllables: Counter[str] = Counter()
+    metadata: set[tuple[str, str]] = set()
+    elsewhere: set[tuple[str, str]] = set()
+    if spec.learns_from is not None or settings.condition_on:
         budget = settings.tokenizer_sample_characters
         tasks = [
-            SurveyTask(partition, settings.split, limit, spec.learns_from, budget)
+            SurveyTask(partition, settings.split, limit, spec.learns_from, budget, spec.language)
             for partition, limit in zip(partitions, limits, strict=True)
         ]
         with _progress("reading for the tokenizer", partitions, settings) as progress:
@@ -222,17 +235,35 @@ def _tokenizer(
         sample = HashSample(budget)
         for survey in surveys:
             characters |= survey.characters
+            syllables.update(survey.syllables)
+            metadata |= survey.metadata
+            elsewhere |= survey.elsewhere
             for key, text in survey.texts:
                 sample.add(key, text)
         texts = [text for _, text in sample.items()]
-        if not characters and not texts:
+        if spec.learns_from is not None and not characters and not texts:
             raise UserError(f"tokenizer {spec.text}: the training split has no documents to learn from")
-    tokenizer = make_tokenizer(spec, characters=characters, texts=texts, eos=settings.eos)
+    tokenizer = make_tokenizer(
+        spec, characters=characters, texts=texts, eos=settings.eos, syllables=syllables
+    )
+    if settings.condition_on:
+        _announce_unknown(elsewhere - metadata)
+        tokenizer = conditioned(tokenizer, settings.condition_on, metadata, settings.condition_dropout)
     tokenizer.save(folder)
     return tokenizer
 
 
+def _announce_unknown(pairs: set[tuple[str, str]]) -> None:
+    if pairs:
+        shown = ", ".join(f"{key}={value}" for key, value in sorted(pairs)[:10])
+        more = f" and {len(pairs) - 10} more" if len(pairs) > 10 else ""
+        logger.warning(
+            "%s%s: not in the training split; such documents go without that condition", shown, more
+        )
+
+
 def _fast_path(tokenizer: Tokenizer, partitions: Sequence[Partition], settings: PrepareSettings) -> bool:
+    tokenizer = tokenizer.text_tokenizer
     if not isinstance(tokenizer, HuggingFaceTokenizer) or settings.fast == "off":
         return False
     sample: list[str] = []

@@ -56,13 +56,17 @@ def split_of(digest: bytes, settings: SplitSettings) -> str:
 
 @dataclass(frozen=True)
 class Placed:
-    """A document that knows its split, and the SHA-256 and length of its UTF-8 encoding."""
+    """A document that knows its split, and the SHA-256 and length of its UTF-8 encoding.
+
+    `metadata` is the document's, see `sources.base.Document`.
+    """
 
     text: str
     place: str
     split: str
     digest: bytes
     size_bytes: int
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 def placed_documents(
@@ -87,7 +91,7 @@ def placed_documents(
                 ) from None
             digest = hashlib.sha256(encoded).digest()
             split = partition.split or split_of(digest, settings)
-            yield Placed(text, document.place, split, digest, len(encoded))
+            yield Placed(text, document.place, split, digest, len(encoded), document.metadata)
 
 
 def _units(document: Document, settings: SplitSettings) -> Iterator[str]:

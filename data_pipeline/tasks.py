@@ -6,16 +6,20 @@ files it leaves, are the same.
 
 import hashlib
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
 from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
+from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
+from spikescale.data_pipeline.tokenizers.syllable import count_syllables
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -25,13 +29,20 @@ Report = Callable[[int, int, int], None]  # documents, tokens and text bytes sin
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first pass over a partition's training documents found: characters, or a sample of texts.
+    """What a first pass over a partition's training documents found.
 
-    `texts` pairs each text with the key by which samples of all partitions are merged.
+    Attributes:
+        characters: the different ones.
+        texts: a sample, each text with the key by which samples of all partitions are merged.
+        syllables: how often each occurs.
+        metadata: the different (key, value) pairs; elsewhere: those of documents of the other splits.
     """
 
     characters: frozenset[str] = frozenset()
     texts: tuple[tuple[bytes, str], ...] = ()
+    syllables: Mapping[str, int] = field(default_factory=dict)
+    metadata: frozenset[tuple[str, str]] = frozenset()
+    elsewhere: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -39,27 +50,47 @@ class SurveyTask:
     """Look at the training documents of a partition, for a tokenizer that is made from the corpus.
 
     Attributes:
-        what: `characters`, or `texts`: those with the smallest hashes, up to `budget` characters.
+        what: `characters`; `syllables` of `language` with the characters; `texts`: those with the
+            smallest hashes, up to `budget` characters; None: nothing but the metadata.
     """
 
     partition: Partition
     settings: SplitSettings
     limit: int | None
-    what: str
+    what: str | None
     budget: int
+    language: str = ""
 
     def run(self, report: Report) -> Survey:
         """Read the partition."""
         characters: set[str] = set()
         sample = HashSample(self.budget)
-        for document in placed_documents(self.partition, self.settings, self.limit):
-            if document.split == "train":
-                if self.what == "characters":
-                    characters.update(document.text)
-                else:
-                    sample.add(_sample_key(document.digest), document.text)
-            report(1, 0, document.size_bytes)
-        return Survey(frozenset(characters), tuple(sample.items()))
+        metadata: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
+
+        def training_texts() -> Iterator[str]:
+            for document in placed_documents(self.partition, self.settings, self.limit):
+                metadata[document.split == "train"].update(document.metadata)
+                if document.split == "train":
+                    if self.what == "texts":
+                        sample.add(_sample_key(document.digest), document.text)
+                    elif self.what is not None:
+                        characters.update(document.text)
+                    yield document.text
+                report(1, 0, document.size_bytes)
+
+        syllables: Mapping[str, int] = {}
+        if self.what == "syllables":
+            syllables = count_syllables(training_texts(), self.language)
+        else:
+            for _ in training_texts():
+                pass
+        return Survey(
+            frozenset(characters),
+            tuple(sample.items()),
+            syllables,
+            frozenset(metadata[True]),
+            frozenset(metadata[False] - metadata[True]),
+        )
 
 
 class HashSample:
@@ -166,6 +197,11 @@ def _write_batch(
 ) -> None:
     tokens = 0
     encoded = tokenizer.encode_arrays([document.text for document in batch])
+    if isinstance(tokenizer, ConditionedTokenizer):
+        encoded = [
+            np.concatenate([np.array(tokenizer.prefix(document.metadata, document.digest), np.int64), ids])
+            for document, ids in zip(batch, encoded, strict=True)
+        ]
     for document, ids in zip(batch, encoded, strict=True):
         writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
         tokens += len(ids) + 1
@@ -180,8 +216,8 @@ def cached_tokenizer(folder: Path, sha256: str, fast: bool) -> Tokenizer:
     key = (sha256, fast)
     if key not in _loaded:
         tokenizer = load_tokenizer(folder)
-        if isinstance(tokenizer, HuggingFaceTokenizer):
-            tokenizer.use_fast_path("require" if fast else "off", sample=None)
+        if isinstance(tokenizer.text_tokenizer, HuggingFaceTokenizer):
+            tokenizer.text_tokenizer.use_fast_path("require" if fast else "off", sample=None)
         _loaded.clear()
         _loaded[key] = tokenizer
     loaded: Tokenizer = _loaded[key]

@@ -85,6 +85,8 @@ class ReadOptions:
         encoding: of text files and JSON lines.
         invalid_bytes: `refuse` bytes that are not in that encoding, or `replace` them by U+FFFD.
         partition_bytes: about how many stored bytes make a partition.
+        metadata_keys: keys (jsonl) or columns (parquet) that become the documents' metadata, where a record
+            has them; `source` stands for the source's name in records that have no such key.
     """
 
     format: str | None = None
@@ -93,3 +95,11 @@ class ReadOptions:
     encoding: str = "utf-8"
     invalid_bytes: str = "refuse"
     partition_bytes: int = 32 << 20
+    metadata_keys: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """The options as plain JSON; keys of metadata only where there are any."""
+        described = {**vars(self), "metadata_keys": list(self.metadata_keys)}
+        if not self.metadata_keys:
+            del described["metadata_keys"]
+        return described

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from spikescale.data_pipeline.sources.archive import extract_cached
 from spikescale.data_pipeline.sources.base import ReadOptions, Source, SourceInfo
 from spikescale.data_pipeline.sources.fetch import Package, fetch
-from spikescale.data_pipeline.sources.files import FilesSource
+from spikescale.data_pipeline.sources.files import LOCAL_FILES, FilesSource
 from spikescale.data_pipeline.sources.hub import HubData, HubSource
 from spikescale.errors import UserError
 
@@ -106,7 +106,7 @@ def open_source(
             if "/" not in word and "*" not in word and not Path(word).exists():
                 names = ", ".join([*entries, *plugins])
                 raise UserError(f"--source {word}: neither a file or folder nor one of {names}")
-        return FilesSource("files", words, options)
+        return FilesSource(LOCAL_FILES, words, options)
     name = named[0]
     if name in plugins:
         made = plugins[name].load()()
@@ -148,6 +148,8 @@ def _open_entry(name: str, entry: Entry, folder: Path, given: dict[str, Any]) ->
                     data_files=tuple(hub.data_files),
                     text_key=options.text_key,
                     row_start=hub.row_start,
+                    metadata_keys=options.metadata_keys,
+                    name=name,
                     split_on=options.split_on,
                 ),
                 ours,

@@ -15,11 +15,13 @@ from spikescale.data_pipeline.sources.readers import (
     read_jsonl,
     read_parquet,
     read_text,
+    with_source,
 )
 from spikescale.data_pipeline.sources.streams import COMPRESSED_SUFFIXES, is_compressed
 from spikescale.errors import UserError
 from spikescale.files import sha256_text
 
+LOCAL_FILES = "files"  # the name of a source of files that are given by their paths
 READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
 
 
@@ -39,6 +41,12 @@ class Piece:
         """The file's relative name and the range."""
         return self.name if self.stop is None else f"{self.name}[{self.start}:{self.stop}]"
 
+    @property
+    def source(self) -> str:
+        """The first folder of the relative name, or else the name without its suffixes."""
+        folder, slash, _ = self.name.partition("/")
+        return folder if slash else self.name.split(".")[0] or self.name
+
 
 @dataclass(frozen=True)
 class FilePartition:
@@ -47,6 +55,7 @@ class FilePartition:
     pieces: tuple[Piece, ...]
     options: ReadOptions
     split: str | None = None
+    source: str | None = None  # in the documents' metadata; None: each file's folder or name
 
     @property
     def label(self) -> str:
@@ -61,8 +70,15 @@ class FilePartition:
 
     def documents(self) -> Iterator[Document]:
         """The documents of all pieces in order."""
+        keys = self.options.metadata_keys
         for piece in self.pieces:
-            yield from READERS[piece.format](piece.path, self.options, piece.start, piece.stop)
+            documents = READERS[piece.format](piece.path, self.options, piece.start, piece.stop)
+            if "source" not in keys:
+                yield from documents
+                continue
+            name = self.source or piece.source
+            for document in documents:
+                yield with_source(document, keys, name)
 
 
 class FilesSource:
@@ -98,7 +114,12 @@ class FilesSource:
             content = sha256_text(repr(stats))
         else:
             content = self._content_id
-        return {"files": len(self._files), "content": content, "split": self.split, **vars(self.options)}
+        return {
+            "files": len(self._files),
+            "content": content,
+            "split": self.split,
+            **self.options.described(),
+        }
 
     def partitions(self) -> list[Partition]:
         """Large files in ranges, small ones grouped, each about `partition_bytes` long."""
@@ -108,11 +129,15 @@ class FilesSource:
         for path, name in self._files:
             for piece in self._pieces(path, name):
                 if group and sum(member.size_bytes for member in group) + piece.size_bytes > target:
-                    partitions.append(FilePartition(tuple(group), self.options, self.split))
+                    partitions.append(self._partition(group))
                     group = []
                 group.append(piece)
-        partitions.append(FilePartition(tuple(group), self.options, self.split))
+        partitions.append(self._partition(group))
         return partitions
+
+    def _partition(self, group: list[Piece]) -> FilePartition:
+        name = None if self.name == LOCAL_FILES else self.name
+        return FilePartition(tuple(group), self.options, self.split, name)
 
     def _pieces(self, path: Path, name: str) -> list[Piece]:
         kind = self.options.format or format_of(path)

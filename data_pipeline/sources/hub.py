@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spikescale.data_pipeline.sources.base import Document, Partition
-from spikescale.data_pipeline.sources.readers import cut_text, text_of
+from spikescale.data_pipeline.sources.readers import cut_text, metadata_of, text_of, with_source
 from spikescale.errors import UserError
+
+Metadata = tuple[tuple[str, str], ...]
+Row = tuple[int, str, Metadata]  # its number, its text, what is known of it
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class HubData:
         row_start: a regular expression; where given, rows are joined until one matches it, for data
             sets whose rows are lines of longer documents.
         split_on: as in ReadOptions, applied to each text.
+        metadata_keys: as in ReadOptions; name: what `source` is there. Of joined rows, the first one's.
     """
 
     path: str
@@ -32,6 +36,16 @@ class HubData:
     text_key: str = "text"
     row_start: str | None = None
     split_on: str = "file"
+    metadata_keys: tuple[str, ...] = ()
+    name: str = ""
+
+    def described(self) -> dict[str, Any]:
+        """What decides the documents, as plain JSON."""
+        described = {**vars(self), "data_files": list(self.data_files)}
+        described["metadata_keys"] = list(self.metadata_keys)
+        if not self.metadata_keys:
+            del described["metadata_keys"], described["name"]
+        return described
 
     @property
     def title(self) -> str:
@@ -77,11 +91,13 @@ class HubPartition:
         rows = self.data.load()
         if self.count > 1:
             rows = rows.shard(num_shards=self.count, index=self.index)
-        for number, text in self._joined(self._texts(iter(rows), key)):
+        keys = self.data.metadata_keys
+        for number, text, metadata in self._joined(self._texts(iter(rows), key)):
             for piece in cut_text(text, self.data.split_on):
-                yield Document(piece, f"{self.label}, row {number}")
+                document = Document(piece, f"{self.label}, row {number}", metadata)
+                yield with_source(document, keys, self.data.name or self.data.path)
 
-    def _texts(self, rows: Iterator[dict[str, Any]], key: str) -> Iterator[tuple[int, str]]:
+    def _texts(self, rows: Iterator[dict[str, Any]], key: str) -> Iterator[Row]:
         for number in itertools.count(1):
             try:
                 row = next(rows)
@@ -92,23 +108,27 @@ class HubPartition:
             if key not in row:
                 names = ", ".join(repr(name) for name in row)
                 raise UserError(f"{self.label}, row {number}: no column {key!r}; there are {names}")
-            yield number, text_of(row[key], key, lambda number=number: f"{self.label}, row {number}")
 
-    def _joined(self, texts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+            def place(number: int = number) -> str:
+                return f"{self.label}, row {number}"
+
+            yield number, text_of(row[key], key, place), metadata_of(row, self.data.metadata_keys, place)
+
+    def _joined(self, texts: Iterator[Row]) -> Iterator[Row]:
         if self.data.row_start is None:
             yield from texts
             return
         starts = re.compile(self.data.row_start)
-        first, parts = 1, list[str]()
-        for number, text in texts:
+        first, metadata, parts = 1, Metadata(), list[str]()
+        for number, text, own in texts:
             if parts and starts.match(text):
-                yield first, "".join(parts)
+                yield first, "".join(parts), metadata
                 parts = []
             if not parts:
-                first = number
+                first, metadata = number, own
             parts.append(text)
         if parts:
-            yield first, "".join(parts)
+            yield first, "".join(parts), metadata
 
 
 class HubSource:
@@ -123,10 +143,7 @@ class HubSource:
 
     def identity(self) -> dict[str, Any]:
         """Everything that `load_dataset` is called with."""
-        described = [
-            {**vars(data), "data_files": list(data.data_files), "as": split} for data, split in self._parts
-        ]
-        return {"hub": described}
+        return {"hub": [{**data.described(), "as": split} for data, split in self._parts]}
 
     def partitions(self) -> list[Partition]:
         """One partition a shard of the data set. Needs the network, unless the files are local."""

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def read_jsonl(
         if options.text_key not in record:
             raise UserError(f"{place()}: no key {options.text_key!r}; there are {_some(record)}")
         where = _place(path, start, line.ordinal)
-        yield Document(text_of(record[options.text_key], options.text_key, place), where)
+        metadata = metadata_of(record, options.metadata_keys, place)
+        yield Document(text_of(record[options.text_key], options.text_key, place), where, metadata)
 
 
 def read_parquet(
@@ -113,14 +114,20 @@ def read_parquet(
     names = file.schema_arrow.names
     if options.text_key not in names:
         raise UserError(f"{path}: no column {options.text_key!r}; there are {_some(names)}")
+    columns = [options.text_key, *(key for key in options.metadata_keys if key in names)]
     groups = range(start, file.num_row_groups if stop is None else stop)
     row = sum(file.metadata.row_group(group).num_rows for group in range(start))
     try:
-        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[options.text_key]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+            for record in batch.to_pylist():
                 row += 1
                 where = f"{path}, row {row}"
-                yield Document(text_of(value, options.text_key, lambda where=where: where), where)
+
+                def place(where: str = where) -> str:
+                    return where
+
+                metadata = metadata_of(record, options.metadata_keys, place)
+                yield Document(text_of(record[options.text_key], options.text_key, place), where, metadata)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}, after row {row}: damaged parquet ({_one_line(error)})") from None
 
@@ -153,6 +160,32 @@ def text_of(value: Any, key: str, place: Any) -> str:
             return "\n\n".join(texts)
     kind = "null" if value is None else type(value).__name__
     raise UserError(f"{place()}: {key!r} must hold text (or a list of texts), not {kind}")
+
+
+def metadata_of(record: Mapping[str, Any], keys: Sequence[str], place: Any) -> tuple[tuple[str, str], ...]:
+    """(key, value) for each of `keys` that the record has a value for, in the order of `keys`.
+
+    Numbers become their decimal text. `place()` names the record in the UserError that other kinds raise.
+    """
+    pairs = []
+    for key in keys:
+        value = record.get(key)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str | int):
+            raise UserError(
+                f"{place()}: {key!r} must hold a text or a whole number, not {type(value).__name__}"
+            )
+        pairs.append((key, str(value)))
+    return tuple(pairs)
+
+
+def with_source(document: Document, keys: Sequence[str], name: str) -> Document:
+    """The document with ("source", name) in its metadata if `keys` ask for it and it has none yet."""
+    if "source" not in keys or any(key == "source" for key, _ in document.metadata):
+        return document
+    given = {**dict(document.metadata), "source": name}
+    return document._replace(metadata=tuple((key, given[key]) for key in keys if key in given))
 
 
 def _place(path: Path, start: int, ordinal: int) -> str:

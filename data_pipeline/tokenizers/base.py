@@ -34,12 +34,16 @@ class Tokenizer(ABC):
     Text never produces the end-of-document id or any other special id, whatever it spells.
 
     Attributes:
-        kind: byte, char, gpt2, neox, tokenizer.json or sentencepiece.
+        kind: byte, char, gpt2, neox, tokenizer.json, sentencepiece or syllable; `+conditions` is added by
+            ConditionedTokenizer.
         vocab_size: ids are below it.
         eos_id: ends every document.
         files: the files, by name, that the tokenizer consists of.
         sha256: fingerprint of all that decides ids; equal fingerprints give equal ids.
+        unk_id: stands for what the vocabulary cannot spell; None where there is no such id.
     """
+
+    unk_id: int | None = None
 
     def __init__(self, kind: str, vocab_size: int, eos_id: int, files: Mapping[str, bytes]) -> None:
         self.kind = kind
@@ -47,6 +51,16 @@ class Tokenizer(ABC):
         self.eos_id = eos_id
         self.files = dict(files)
         self.sha256 = fingerprint(kind, vocab_size, eos_id, files)
+
+    @property
+    def text_tokenizer(self) -> "Tokenizer":
+        """What encodes text: this tokenizer, or the one inside it."""
+        return self
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Ids below it, the end of a document among them, are of text; ids from it on are conditions."""
+        return self.text_tokenizer.vocab_size
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

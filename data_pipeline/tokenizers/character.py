@@ -23,7 +23,7 @@ class CharacterTokenizer(Tokenizer):
             raise UserError("tokenizer char: the training split has no characters")
         self._characters = ordered
         self._codes = np.array([ord(character) for character in ordered], dtype=np.uint32)
-        self.unk_id = len(ordered) + 1
+        self.unk_id: int = len(ordered) + 1
         content = json.dumps("".join(ordered), ensure_ascii=True).encode()
         super().__init__("char", len(ordered) + 2, len(ordered), {FILE: content})
 

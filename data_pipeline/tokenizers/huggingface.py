@@ -71,6 +71,10 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_id = eos if isinstance(eos, int) else self._find_eos(kind, vocabulary, added, eos)
         self._fast: Any = None
         self._forbidden = self._reachable_specials()
+        unknown = described["model"].get("unk_id")  # of unigram models; the others name it
+        if unknown is None and described["model"].get("unk_token") is not None:
+            unknown = vocabulary.get(described["model"]["unk_token"])
+        self.unk_id = unknown
         super().__init__(kind, vocab_size, eos_id, {FILE: content})
 
     @staticmethod

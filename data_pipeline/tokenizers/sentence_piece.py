@@ -22,6 +22,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         super().__init__("sentencepiece", self._model.get_piece_size(), self._model.eos_id(), {FILE: model})
+        self.unk_id = self._model.unk_id()
         self._bytes = [self._piece_bytes(token_id) for token_id in range(self.vocab_size)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -68,7 +68,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         default="byte",
         metavar="SPEC",
-        help="byte, char, gpt2, neox, sentencepiece:SIZE[:unigram|bpe], or a tokenizer.json or its folder",
+        help="byte, char, gpt2, neox, sentencepiece:SIZE[:unigram|bpe], syllable[:SIZE[:LANGUAGE]], "
+        "or a tokenizer.json or its folder",
     )
     add("--eos", metavar="TOKEN", help="token that ends documents, for a tokenizer.json with an unusual one")
     add(
@@ -76,6 +77,19 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "require", "off"),
         default="auto",
         help="encode tokenizer.json kinds with fastokens",
+    )
+    add(
+        "--condition-on",
+        metavar="KEYS",
+        help="put ids of the documents' metadata in front of them: JSON keys or parquet columns, with commas "
+        "between; `source` is also the source's name (default: none)",
+    )
+    add(
+        "--condition-dropout",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="documents, by hash, that are left without such ids, 0 to 1",
     )
     add("--overwrite", action="store_true", help="replace what another request left in the output folder")
     _add_catalog(parser)
@@ -185,6 +199,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from spikescale.data_pipeline.tokenizers import parse_spec
 
     began = time.monotonic()
+    keys = tuple(key.strip() for key in (arguments.condition_on or "").split(",") if key.strip())
+    if len(set(keys)) < len(keys):
+        raise UserError(f"--condition-on {arguments.condition_on}: a key is given twice")
     settings = PrepareSettings(
         tokenizer=arguments.tokenizer,
         eos=arguments.eos,
@@ -197,6 +214,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         limit_documents=arguments.limit_documents,
         tokenizer_sample_characters=int(arguments.tokenizer_sample_mchars * 1_000_000),
         fast=arguments.fast,
+        condition_on=keys,
+        condition_dropout=arguments.condition_dropout,
         workers=arguments.workers,
         ray=not arguments.no_ray,
         ray_address=arguments.ray_address,
@@ -209,6 +228,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         for name in ("text_key", "split_on", "format", "encoding", "invalid_bytes")
         if getattr(arguments, name) is not None
     }
+    if keys:
+        given["metadata_keys"] = keys
     if arguments.partition_mib is not None:
         if arguments.partition_mib <= 0:
             raise UserError(f"--partition-mib {arguments.partition_mib}: must be positive")

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spikescale.data_pipeline.manifest import load_manifest
     from spikescale.data_pipeline.stream import split_tokens
     from spikescale.evaluation import LanguageModelResult, evaluate_tokens
+    from spikescale.evaluation.language_model import count_conditions
     from spikescale.inference.device import choose_device
     from spikescale.model.store import find_model_folder, load_model_folder
 
@@ -74,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
     context_length = loaded.config.context_length
     if arguments.context_length is not None:
         context_length = arguments.context_length
+    text_ids = loaded.tokenizer.text_vocab_size
+    conditions = 0
+    if text_ids < loaded.tokenizer.vocab_size:
+        conditions = count_conditions(tokens, text_ids, arguments.limit)
     stride = context_length if arguments.stride is None else arguments.stride
     begin = time.perf_counter()
     nats, scored = evaluate_tokens(
@@ -87,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         autocast=torch.bfloat16 if arguments.precision == "bfloat16" else None,
         carry_state=arguments.carry_state,
         progress=_progress(count),
+        text_ids=text_ids if conditions else None,
     )
     seconds = time.perf_counter() - begin
     result = LanguageModelResult.from_sum(
@@ -95,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         split_tokens=totals.tokens,
         split_bytes=totals.bytes,
         split_characters=totals.characters,
+        conditions=conditions,
     )
     shown = {
         "model": str(loaded.folder),

@@ -15,6 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue; empty: the start of a document")
     prompt.add_argument("--prompt-file", type=Path, help="UTF-8 file with the text to continue")
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="begin like a document of this category or source (see data prepare --condition-on); repeatable",
+    )
     parser.add_argument("--tokens", type=int, default=256, help="the most tokens to produce for a sample")
     parser.add_argument("--samples", type=int, default=1, help="number of continuations")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
@@ -71,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings=settings,
         engine=arguments.engine,
         weights=arguments.weights,
+        conditions=_conditions(arguments.condition),
     )
     begin = time.perf_counter()
     if arguments.samples == 1:
@@ -81,6 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
     total = count * arguments.samples
     print(f"{total} tokens in {seconds:.2f} s, {total / seconds:.1f} tokens/s on {device}", file=sys.stderr)
     return 0
+
+
+def _conditions(words: list[str]) -> list[tuple[str, str]]:
+    pairs = [(key, value) for key, equals, value in (word.partition("=") for word in words) if key and equals]
+    if len(pairs) < len(words) or len(dict(pairs)) < len(pairs):
+        raise UserError(f"--condition {' '.join(words)}: write KEY=VALUE, each key once")
+    return pairs
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from spikescale.model import SpikeGPT
 
 
+COUNTED_AT_ONCE = 1 << 22
+
 # Nats of each target (N,) under its row of logits (N, ...), which may be overwritten; float32 (N,).
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,15 +64,24 @@ class LanguageModelResult:
 
     @classmethod
     def from_sum(
-        cls, nats: float, tokens: int, *, split_tokens: int, split_bytes: int, split_characters: int
+        cls,
+        nats: float,
+        tokens: int,
+        *,
+        split_tokens: int,
+        split_bytes: int,
+        split_characters: int,
+        conditions: int = 0,
     ) -> "LanguageModelResult":
         """From the summed loss of `tokens` tokens of a split with the given totals.
 
-        When only a part of the split was scored, its bytes and characters are estimated by the
-        split's averages per token; over the whole split they are exact.
+        `conditions` of the tokens were read, not predicted: they are left out of the loss per token. When
+        only a part of the split was scored, its bytes and characters are estimated by the split's
+        averages per token; over the whole split they are exact.
         """
         share = tokens / split_tokens
         scored_bytes, scored_characters = split_bytes * share, split_characters * share
+        tokens -= conditions
         loss = nats / tokens
         bits = nats / math.log(2)
         return cls(
@@ -112,10 +123,13 @@ def evaluate_tokens(
     autocast: torch.dtype | None = None,
     carry_state: bool = False,
     progress: Callable[[int], None] | None = None,
+    text_ids: int | None = None,
 ) -> tuple[float, int]:
     """The loss summed over `tokens`, in nats, and the number of tokens that it covers.
 
-    `stride` (default: `context_length`) is at most `context_length`. `limit` keeps to the first tokens.
+    Tokens from `text_ids` on (conditions in front of a document) are read and cost nothing; they count as
+    covered. `stride` (default: `context_length`) is at most `context_length`. `limit` keeps to the first
+    tokens.
     `autocast`: the dtype of torch.autocast, for example bfloat16; the loss itself is computed in float32
     and summed in float64. `carry_state` reads everything in one pass, `context_length` tokens at a
     time, handing the recurrent state on: each token has all those before it as context, and neither
@@ -144,7 +158,7 @@ def evaluate_tokens(
                 logits, new_state = model(inputs.to(device), state)
             if carry_state:
                 state = new_state
-            total += summed_loss(logits, targets.to(device), batch[0].scored)
+            total += summed_loss(logits, targets.to(device), batch[0].scored, text_ids=text_ids)
             if progress is not None:
                 progress(len(batch) * batch[0].scored)
     finally:
@@ -175,10 +189,32 @@ def whole_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def summed_loss(
-    logits: Tensor, targets: Tensor, scored: int, token_losses: TokenLosses = whole_token_losses
+    logits: Tensor,
+    targets: Tensor,
+    scored: int,
+    token_losses: TokenLosses = whole_token_losses,
+    text_ids: int | None = None,
 ) -> float:
-    """Nats of the last `scored` positions; `logits` (B, T, V), `targets` (B, T)."""
+    """Nats of the last `scored` positions; `logits` (B, T, V), `targets` (B, T).
+
+    Targets from `text_ids` on cost nothing.
+    """
     # Row by row: in float32, a large vocabulary's log-probabilities of a whole batch take gigabytes.
     rows = zip(logits[:, -scored:], targets[:, -scored:], strict=True)
-    losses = [token_losses(row, target).sum(dtype=torch.float64) for row, target in rows]
+    losses = []
+    for row, target in rows:
+        nats = token_losses(row, target)
+        if text_ids is not None:
+            nats = nats.masked_fill(target >= text_ids, 0.0)
+        losses.append(nats.sum(dtype=torch.float64))
     return float(torch.stack(losses).sum())
+
+
+def count_conditions(tokens: TokenSequence, text_ids: int, limit: int | None = None) -> int:
+    """How many of the first `limit` tokens are ids from `text_ids` on."""
+    count = len(tokens) if limit is None else min(limit, len(tokens))
+    blocks = range(0, count, COUNTED_AT_ONCE)
+    return sum(
+        int(np.count_nonzero(tokens[begin : min(begin + COUNTED_AT_ONCE, count)] >= text_ids))
+        for begin in blocks
+    )

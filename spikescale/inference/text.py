@@ -1,11 +1,12 @@
 """Generated text: tokens decoded as they come."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from spikescale.errors import UserError
 from spikescale.inference.decoder import Weights
 from spikescale.inference.generate import Engine, generate
 from spikescale.inference.sampling import SamplingSettings
@@ -24,15 +25,19 @@ def stream_text(
     settings: SamplingSettings | None = None,
     engine: Engine = "auto",
     weights: Weights = "float32",
+    conditions: Sequence[tuple[str, str]] = (),
 ) -> Iterator[list[str]]:
     """Continue `prompt` in `samples` ways; yield what each token added to each text (often nothing).
 
     A character is yielded when its last byte has come. The end of a document (EOS) is not part of the
     text; without `stop_at_eos` it is written as an empty line between two documents. `engine` and `weights`
-    are those of `generate`.
+    are those of `generate`. `conditions` are (key, value) pairs that the tokenizer has ids for; with them the
+    text begins as such a document does. Raises UserError for others.
     """
     settings = settings or SamplingSettings()
-    ids = torch.tensor([int(token) for token in tokenizer.encode(prompt)], dtype=torch.long)
+    ids = torch.tensor(
+        [*start_of_document(tokenizer, conditions), *map(int, tokenizer.encode(prompt))], dtype=torch.long
+    )
     drawn = generate(
         model,
         ids.expand(samples, -1),
@@ -43,6 +48,23 @@ def stream_text(
         weights=weights,
     )
     return _pieces(drawn, tokenizer, samples, settings.stop_at_eos)
+
+
+def start_of_document(tokenizer: "Tokenizer", conditions: Sequence[tuple[str, str]]) -> list[int]:
+    """The ids before the text of a document with these conditions; none without conditions.
+
+    Raises UserError for conditions that the tokenizer has no ids for.
+    """
+    if not conditions:
+        return []
+    from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
+
+    if not isinstance(tokenizer, ConditionedTokenizer):
+        key, value = conditions[0]
+        raise UserError(
+            f"condition {key}={value}: the model's data were prepared without --condition-on, it knows none"
+        )
+    return [tokenizer.eos_id, *tokenizer.condition_ids(conditions)]
 
 
 def _pieces(

@@ -9,7 +9,9 @@ import pytest
 
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, parse_spec
 from spikescale.data_pipeline.tokenizers.byte import ByteTokenizer
+from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer, gpt2_tokenizer_json
+from spikescale.data_pipeline.tokenizers.syllable import count_syllables
 from spikescale.errors import UserError
 
 HARD = [
@@ -70,7 +72,22 @@ def sentence_piece(texts: list[str]) -> Tokenizer:
     return make_tokenizer("sentencepiece:360:unigram", texts=texts)
 
 
-@pytest.fixture(params=["byte", "char", "bpe", "sentence_piece", "spaced"])
+@pytest.fixture(scope="module")
+def syllable(texts: list[str]) -> Tokenizer:
+    """Characters of the texts alone: those of HARD and POOL beyond them must go by bytes."""
+    counts = count_syllables(texts, "en_US")
+    return make_tokenizer("syllable:60", characters="".join(texts), syllables=counts)
+
+
+@pytest.fixture(scope="module")
+def conditioned_bpe(bpe: HuggingFaceTokenizer) -> Tokenizer:
+    return ConditionedTokenizer(bpe, {"category": ["physics", "art"], "source": ["<|endoftext|>"]}, 0.1)
+
+
+ALL = ["byte", "char", "bpe", "sentence_piece", "spaced", "syllable", "conditioned_bpe"]
+
+
+@pytest.fixture(params=ALL)
 def tokenizer(request: pytest.FixtureRequest, texts: list[str]) -> Tokenizer:
     if request.param == "byte":
         return make_tokenizer("byte")
@@ -90,7 +107,7 @@ def test_ids_are_in_range_and_never_the_end_of_a_document(tokenizer: Tokenizer, 
     assert tokenizer.decode([tokenizer.eos_id]) == ""
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "sentence_piece"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "spaced"])
 def test_every_text_survives_encoding_and_decoding(
     kind: str, request: pytest.FixtureRequest, texts: list[str]
 ) -> None:
