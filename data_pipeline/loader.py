@@ -3,18 +3,21 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from spikescale.errors import UserError
 
 if TYPE_CHECKING:
+    from spikescale.data_pipeline.blend import Blend
     from spikescale.data_pipeline.stream import TokenStream
 
 READ_AHEAD = 2  # optimizer steps
+WAIT_SECONDS = 1.0  # between two calls of `on_wait`
 
 
 class Loader(Iterator[list[torch.Tensor]]):
@@ -35,7 +38,7 @@ class Loader(Iterator[list[torch.Tensor]]):
 
     def __init__(
         self,
-        stream: "TokenStream",
+        stream: "TokenStream | Blend",
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -56,6 +59,8 @@ class Loader(Iterator[list[torch.Tensor]]):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.wait_seconds = 0.0
+        # Called now and then while a step has to be waited for, with the seconds so far.
+        self.on_wait: Callable[[float], None] = lambda seconds: None
         self._rank = rank
         self._samples = 0  # of the stream, over all ranks, that the consumer has received
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=READ_AHEAD)
@@ -70,7 +75,7 @@ class Loader(Iterator[list[torch.Tensor]]):
         if self._thread is None:
             self._start()
         began = time.perf_counter()
-        rows = self._queue.get()
+        rows = self._wait(began)
         self.wait_seconds += time.perf_counter() - began
         if isinstance(rows, BaseException):
             self.close()
@@ -78,30 +83,46 @@ class Loader(Iterator[list[torch.Tensor]]):
         self._samples += self.batch_size
         return list(rows.split(self.micro_batch_size))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, counting only what was received, and what the position refers to."""
-        return {"samples": self._samples, **self._identity()}
+    def _wait(self, began: float) -> Any:
+        while True:
+            try:
+                return self._queue.get(timeout=WAIT_SECONDS)
+            except queue.Empty:
+                self.on_wait(time.perf_counter() - began)
+
+    def state_dict(self, behind: int = 0) -> dict[str, Any]:
+        """The position, counting only what was received, and what the position refers to.
+
+        behind: steps that were received and are to be received again.
+        """
+        samples = self._samples - behind * self.batch_size
+        return {"samples": samples, **self.stream.position(samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position, with any number of ranks. Raises UserError when data or order differ."""
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                was = _short(state.get(name))
-                raise UserError(f"cannot continue in the data: {name} was {was} and is now {_short(value)}")
         self.close()
+        self.stream.restore(state)
         self._samples = int(state["samples"])
+
+    def sources(self, number: int) -> np.ndarray | None:
+        """Of a mixture, the source of each of this rank's samples in step `number` (from 1): int64 (share,)."""
+        sources_of = getattr(self.stream, "sources", None)
+        first = (number - 1) * self.batch_size + self._rank * self._share
+        return None if sources_of is None else sources_of(first, self._share)
 
     def close(self) -> None:
         """Stop reading ahead. Iterating again continues at the same position."""
         self._stop.set()
         thread = self._thread
         if thread is not None:
+            self.stream.interrupt(True)
             while thread.is_alive():
                 # The reader may be waiting for room.
                 try:
                     self._queue.get_nowait()
                 except queue.Empty:
                     thread.join(timeout=0.01)
+            self.stream.interrupt(False)
         self._thread = None
 
     def __enter__(self) -> "Loader":
@@ -111,16 +132,6 @@ class Loader(Iterator[list[torch.Tensor]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _identity(self) -> dict[str, Any]:
-        stream = self.stream
-        return {
-            "manifest": stream.manifest.sha256,
-            "split": stream.split,
-            "seed": stream.seed,
-            "context_length": stream.context_length,
-            "shuffle_window": stream.shuffle_window,
-        }
 
     def _start(self) -> None:
         # Each reader has its own queue and flag, so that nothing of an earlier one can slip in.
@@ -146,7 +157,3 @@ class Loader(Iterator[list[torch.Tensor]]):
             if isinstance(item, BaseException):
                 return
             position += self.batch_size
-
-
-def _short(value: Any) -> str:
-    return repr(value[:12] if isinstance(value, str) else value)

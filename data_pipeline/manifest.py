@@ -1,10 +1,11 @@
 """The manifest: what a folder of prepared data holds, with checksums. Its presence means: complete."""
 
+import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,8 @@ class Manifest:
         splits: for train, valid and test, the shards that hold tokens, in number order.
         partitions: how many partitions there were; shard numbers are below it.
         source: the source's name.
+        requests: digest of the request that it was made for, and of those that it was extended from, with
+            their numbers of partitions.
     """
 
     folder: Path
@@ -64,6 +67,9 @@ class Manifest:
     splits: dict[str, list[ShardInfo]]
     partitions: int
     source: str
+    requests: tuple[tuple[str, int], ...] = ()
+
+    complete = True  # unlike a `LiveDataset`
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -90,6 +96,45 @@ class Manifest:
         if split not in self.splits:
             raise UserError(f"split {split!r}: must be one of {', '.join(self.splits)}")
         return self.splits[split]
+
+    def shards_between(self, split: str, first: int, stop: int) -> list[ShardInfo]:
+        """The shards of a split that hold tokens, with numbers in [first, stop)."""
+        shards = self.shards(split)
+        low, high = (
+            bisect.bisect_left(shards, number, key=lambda shard: shard.number) for number in (first, stop)
+        )
+        return shards[low:high]
+
+    def prefix_identity(self, partitions: int) -> str:
+        """The digest that the data set would have with its first `partitions` partitions alone."""
+        if partitions == self.partitions:
+            return self.sha256
+        described = {
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            "tokenizer": asdict(self.tokenizer),
+            "partitions": partitions,
+            "splits": {
+                split: [shard.to_json() for shard in shards if shard.number < partitions]
+                for split, shards in self.splits.items()
+            },
+        }
+        return content_hash(described)
+
+    def has_prefix(self, identity: str, partitions: int) -> bool:
+        """Whether its first `partitions` partitions are the data set with this identity, finished or live."""
+        live = {live_identity(request): count for request, count in self.requests}
+        if identity in live:
+            return live[identity] == partitions
+        return self.prefix_identity(partitions) == identity
+
+    def interrupt(self, on: bool) -> None:
+        """Nothing waits for a data set that is complete."""
+
+
+def live_identity(request: str) -> str:
+    """How a data set that is still being made is known: by the digest of its request."""
+    return f"request:{request}"
 
 
 def write_manifest(

@@ -1,24 +1,15 @@
-"""The order in which training reads tokens: a pure function of (manifest, seed, index).
+"""The order in which training reads tokens: a pure function of (data set, seed, index), see `order.py`."""
 
-Shards are cut into samples of T tokens (T + 1 are read, the last being the last target); what is
-left at a shard's end is not used. K consecutive shard numbers form a window. An epoch is a seeded
-permutation of the windows, with a seeded permutation of the samples inside each. The order within a
-window needs the sizes of that window's shards alone, so that windows can be read while later shards
-are still being made.
-
-Permutations are made by sorting raw PCG64 output, whose bits numpy guarantees for good, unlike
-those of `Generator.permutation` (NEP 19).
-"""
-
-import functools
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from spikescale.data_pipeline.loader import Loader
 from spikescale.data_pipeline.manifest import Manifest
+from spikescale.data_pipeline.order import EpochOrder
 from spikescale.data_pipeline.shards import ShardInfo
 from spikescale.data_pipeline.tokens import iterate_documents, open_tokens, split_tokens
 from spikescale.errors import UserError
@@ -26,32 +17,28 @@ from spikescale.errors import UserError
 __all__ = ["Loader", "TokenStream", "iterate_documents", "split_tokens"]
 
 OPEN_MAPS = 64
-_WINDOW_ORDER = 0  # spawn keys that keep the two kinds of permutation apart
-_SAMPLE_ORDER = 1
 
 
 @dataclass(frozen=True)
-class _Window:
-    number: int
-    shards: tuple[ShardInfo, ...]
-    ends: np.ndarray  # cumulative samples of the shards, int64
+class _Span:
+    """From sample `start` on, epochs numbered from `epoch` in this order."""
 
-    @property
-    def samples(self) -> int:
-        return int(self.ends[-1])
+    start: int
+    epoch: int
+    order: EpochOrder
 
 
 class TokenStream:
     """Endless samples of a split in seeded order.
 
     Args:
-        manifest: of the prepared data.
+        manifest: of the prepared data, or a `LiveDataset` that is still being made.
         split: train, valid or test.
         context_length: T, tokens of input in a sample.
         seed: of the order.
         shuffle_window: K, shards whose samples are mixed with one another.
 
-    Raises UserError when no shard holds T + 1 tokens.
+    Raises UserError when no shard holds T + 1 tokens; for a live data set, when all of it is known.
     """
 
     def __init__(
@@ -69,51 +56,35 @@ class TokenStream:
         self.context_length = context_length
         self.seed = seed
         self.shuffle_window = shuffle_window
-        self._windows = self._make_windows(manifest.shards(split))
-        self.samples_per_epoch = sum(window.samples for window in self._windows)
-        if self.samples_per_epoch == 0:
-            longest = max((shard.tokens for shard in manifest.shards(split)), default=0)
-            raise UserError(
-                f"{manifest.folder}: no {split} sample of context_length {context_length}: it takes "
-                f"{context_length + 1} tokens in one shard, the longest has {longest}"
-            )
+        self._spans = [_Span(0, 0, self._order(manifest.partitions))]
         self._maps: OrderedDict[int, np.memmap] = OrderedDict()
-        self._window_order = functools.lru_cache(maxsize=2)(self._make_window_order)
-        self._sample_order = functools.lru_cache(maxsize=4)(self._make_sample_order)
+        if manifest.complete and self.samples_per_epoch == 0:
+            self._refuse_empty()
 
-    def _make_windows(self, shards: list[ShardInfo]) -> list[_Window]:
-        grouped: dict[int, list[ShardInfo]] = {}
-        for shard in shards:
-            if shard.tokens > self.context_length:
-                grouped.setdefault(shard.number // self.shuffle_window, []).append(shard)
-        windows = []
-        for number, members in sorted(grouped.items()):
-            counts = [(shard.tokens - 1) // self.context_length for shard in members]
-            windows.append(_Window(number, tuple(members), np.cumsum(counts, dtype=np.int64)))
-        return windows
-
-    def _make_window_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows of an epoch in order (positions), and the cumulative samples along it."""
-        order = _permutation(len(self._windows), self.seed, epoch, _WINDOW_ORDER)
-        return order, np.cumsum([self._windows[position].samples for position in order], dtype=np.int64)
-
-    def _make_sample_order(self, epoch: int, position: int) -> np.ndarray:
-        window = self._windows[position]
-        return _permutation(window.samples, self.seed, epoch, _SAMPLE_ORDER, window.number)
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of an epoch over the whole data set; waits for it to be complete."""
+        return self._spans[-1].order.length()
 
     def locate(self, index: int) -> tuple[ShardInfo, int]:
-        """The shard of sample `index` (from 0, across epochs) and the offset, in tokens, of its start."""
-        if index < 0:
+        """The shard of sample `index` (from 0, across epochs) and the offset, in tokens, of its start.
+
+        Waits for shards that are still being made. Raises IndexError before the epoch that a restored
+        position lies in.
+        """
+        if index < self._spans[0].start:
             raise IndexError(f"sample {index}")
-        epoch, rest = divmod(index, self.samples_per_epoch)
-        order, ends = self._window_order(epoch)
-        place = int(np.searchsorted(ends, rest, side="right"))
-        window = self._windows[order[place]]
-        within = rest - (int(ends[place - 1]) if place else 0)
-        sample = int(self._sample_order(epoch, int(order[place]))[within])
-        member = int(np.searchsorted(window.ends, sample, side="right"))
-        first = int(window.ends[member - 1]) if member else 0
-        return window.shards[member], (sample - first) * self.context_length
+        span = max((span for span in self._spans if span.start <= index), key=lambda span: span.start)
+        rest = index - span.start
+        found = span.order.find(span.epoch, rest)
+        if found is None:
+            length = span.order.length()
+            if length == 0:
+                self._refuse_empty()
+            epochs, within = divmod(rest, length)
+            found = span.order.find(span.epoch + epochs, within)
+        assert found is not None
+        return found
 
     def sample(self, index: int) -> np.ndarray:
         """Sample `index`: T + 1 token ids, int64; inputs are [:-1], targets [1:]."""
@@ -124,19 +95,85 @@ class TokenStream:
         """Samples start .. start + count - 1 as a (count, T + 1) int64 tensor."""
         rows = np.empty((count, self.context_length + 1), dtype=np.int64)
         for row in range(count):
-            shard, offset = self.locate(start + row)
-            rows[row] = self._map(shard)[offset : offset + self.context_length + 1]
-            # Files are checked when a run starts, which may be weeks ago.
-            if int(rows[row].max()) >= self.manifest.tokenizer.vocab_size:
-                raise UserError(
-                    f"{shard.path}: holds token id {int(rows[row].max())} at token {offset} or after, the"
-                    f" vocabulary ends at {self.manifest.tokenizer.vocab_size - 1}: the file was damaged"
-                )
+            self.read_into(rows[row], start + row)
         return torch.from_numpy(rows)
+
+    def read_into(self, row: np.ndarray, index: int) -> None:
+        """Write sample `index` to `row` (T + 1,) int64. Raises UserError for ids outside the vocabulary."""
+        shard, offset = self.locate(index)
+        row[:] = self._map(shard)[offset : offset + self.context_length + 1]
+        # Files are checked when a run starts, which may be weeks ago.
+        if int(row.max()) >= self.manifest.tokenizer.vocab_size:
+            raise UserError(
+                f"{shard.path}: holds token id {int(row.max())} at token {offset} or after, the"
+                f" vocabulary ends at {self.manifest.tokenizer.vocab_size - 1}: the file was damaged"
+            )
 
     def batch(self, index: int, batch_size: int) -> torch.Tensor:
         """Batch `index` of `batch_size` samples: a (batch_size, T + 1) int64 tensor."""
         return self.rows(index * batch_size, batch_size)
+
+    def position(self, index: int) -> dict[str, Any]:
+        """What sample number `index` refers to: the order, the data set, and the epoch it lies in.
+
+        Never waits: where an epoch's end is not known yet, `index` is taken to lie in it.
+        """
+        span = max((span for span in self._spans if span.start <= index), key=lambda span: span.start)
+        epoch, start = span.epoch, span.start
+        if length := span.order.known_length:
+            more = (index - start) // length
+            epoch, start = epoch + more, start + more * length
+        return {
+            "manifest": self.manifest.prefix_identity(span.order.partitions),
+            "split": self.split,
+            "seed": self.seed,
+            "context_length": self.context_length,
+            "shuffle_window": self.shuffle_window,
+            "partitions": span.order.partitions,
+            "epoch": epoch,
+            "epoch_start": start,
+        }
+
+    def restore(self, position: dict[str, Any]) -> None:
+        """Number the samples as when the position was taken.
+
+        Where shards were added at the end since, the epoch that was begun goes on without them, and they are
+        in every later one. Raises UserError when data or order differ.
+        """
+        for name in ("split", "seed", "context_length", "shuffle_window"):
+            _require_same(name, position.get(name), getattr(self, name))
+        whole = self.manifest.partitions
+        partitions = int(position.get("partitions", whole))
+        earlier = str(position.get("manifest"))
+        if partitions > whole or not self.manifest.has_prefix(earlier, partitions):
+            _require_same("manifest", earlier, self.manifest.prefix_identity(min(partitions, whole)))
+            raise UserError(
+                f"cannot continue in the data: there were {partitions} shards and are now {whole}"
+            )
+        if "partitions" not in position and self._order(whole).empty_windows():
+            # Windows without samples took no part in the permutation.
+            raise UserError("cannot continue in the data: an earlier version ordered these shards otherwise")
+        epoch, start = int(position.get("epoch", 0)), int(position.get("epoch_start", 0))
+        begun = _Span(start, epoch, self._order(partitions))
+        self._spans = [begun]
+        if partitions < whole:
+            self._spans.append(_Span(start + begun.order.length(), epoch + 1, self._order(whole)))
+
+    def interrupt(self, on: bool) -> None:
+        """Have a reader that waits for shards give up (True), or allow waiting again (False)."""
+        self.manifest.interrupt(on)
+
+    def _order(self, partitions: int) -> EpochOrder:
+        return EpochOrder(
+            self.manifest, self.split, partitions, self.context_length, self.seed, self.shuffle_window
+        )
+
+    def _refuse_empty(self) -> None:
+        longest = max((shard.tokens for shard in self.manifest.shards(self.split)), default=0)
+        raise UserError(
+            f"{self.manifest.folder}: no {self.split} sample of context_length {self.context_length}: it "
+            f"takes {self.context_length + 1} tokens in one shard, the longest has {longest}"
+        )
 
     def _map(self, shard: ShardInfo) -> np.ndarray:
         found = self._maps.get(shard.number)
@@ -151,6 +188,10 @@ class TokenStream:
         return found
 
 
-def _permutation(count: int, *key: int) -> np.ndarray:
-    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(bits, kind="stable")
+def _require_same(name: str, was: Any, now: Any) -> None:
+    if was != now:
+        raise UserError(f"cannot continue in the data: {name} was {_short(was)} and is now {_short(now)}")
+
+
+def _short(value: Any) -> str:
+    return repr(value[:12] if isinstance(value, str) else value)

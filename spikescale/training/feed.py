@@ -49,10 +49,7 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, with what it refers to: the loader's, without the batch read ahead."""
-        state = self.loader.state_dict()
-        if self._next is not None:
-            state["samples"] -= self.loader.batch_size
-        return state
+        return self.loader.state_dict(behind=0 if self._next is None else 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position. Raises UserError when data or order differ."""

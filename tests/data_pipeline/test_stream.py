@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spikescale.data_pipeline.manifest import Manifest
+from spikescale.data_pipeline.order import permutation
 from spikescale.data_pipeline.stream import Loader, TokenStream, iterate_documents, split_tokens
 from spikescale.errors import UserError
 
@@ -89,10 +90,8 @@ def test_the_order_within_a_window_needs_that_windows_shards_alone(prepared: Man
 
 def test_the_order_is_fixed_for_good() -> None:
     """Resuming relies on it: these numbers must never change."""
-    from spikescale.data_pipeline.stream import _permutation
-
-    assert _permutation(8, 0, 0, 1, 0).tolist() == [7, 6, 4, 5, 3, 1, 0, 2]
-    assert sorted(_permutation(1000, 5, 2, 1, 7).tolist()) == list(range(1000))
+    assert permutation(8, 0, 0, 1, 0).tolist() == [7, 6, 4, 5, 3, 1, 0, 2]
+    assert sorted(permutation(1000, 5, 2, 1, 7).tolist()) == list(range(1000))
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, None), (1, 3), (2, None), (2, 2), (4, 1), (12, 1)])
