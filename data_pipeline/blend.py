@@ -1,9 +1,10 @@
 """Mixtures of prepared data sets: which source the i-th sample comes from, as a pure function of i.
 
-Shares are whole multiples of 1 / PERIOD. Sources take turns by Tijdeman's solution of the chairman assignment
-problem (Discrete Mathematics 32, 1980): after any number t of samples each of n sources has had its share of t
-to within 1 - 1 / (2 n - 2) samples, the least that is possible in general. After PERIOD samples every count is
-exact, so one period is computed and repeated, and a source's own position follows from i.
+Shares are whole multiples of 1 / PERIOD. Sources take turns by Tijdeman's solution of the chairman
+assignment problem (Discrete Mathematics 32, 1980): after any number t of samples each of n sources has had
+its share of t to within 1 - 1 / (2 n - 2) samples, the least that is possible in general. After PERIOD
+samples every count is exact, so one period is computed and repeated, and a source's own position follows
+from i.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Blend:
             if ours.sha256 != theirs.sha256:
                 raise UserError(
                     f"data.sources: {ingredient.name} was prepared with tokenizer {theirs.kind}"
-                    f" {theirs.sha256[:12]}, {first.name} with {ours.kind} {ours.sha256[:12]}: prepare both alike"
+                    f" {theirs.sha256[:12]}, {first.name} with {ours.kind} {ours.sha256[:12]}"
                 )
             if ingredient.stream.context_length != first.stream.context_length:
                 raise ValueError("sources of different context lengths")
@@ -60,7 +61,8 @@ class Blend:
         for ingredient, count in zip(ingredients, self.counts, strict=True):
             if count == 0:
                 raise UserError(
-                    f"data.sources: {ingredient.name} would make less than 1 sample in {PERIOD}: raise its weight"
+                    f"data.sources: {ingredient.name} would make less than 1 sample in {PERIOD}: raise"
+                    " its weight"
                 )
         self._turns = turns(self.counts)
         self._ranks = np.empty(
@@ -112,7 +114,10 @@ class Blend:
         }
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Number the samples as when the position was taken. Raises UserError when mixture or order differ."""
+        """Number the samples as when the position was taken.
+
+        Raises UserError when mixture or order differ.
+        """
         sources = position.get("sources")
         if sources is None:
             raise UserError("cannot continue in the data: it was one data set and is now a mixture")
@@ -147,8 +152,8 @@ def parts_of_period(weights: Sequence[float]) -> list[int]:
 def turns(counts: Sequence[int]) -> np.ndarray:
     """The source of each sample of a period (sum of counts,), int64, by Tijdeman's rule.
 
-    In whole numbers: with period P, a source that has had x of its c samples before sample t may have the next
-    if 2 (n - 1) (c t - P x) >= P; of these the one whose share runs over first has it.
+    In whole numbers: with period P, a source that has had x of its c samples before sample t may have that
+    one if 2 (n - 1) (c t - P x) >= P; of these the one whose share runs over first has it.
     """
     period, sources = sum(counts), len(counts)
     if sources == 1:

@@ -105,7 +105,7 @@ class Loader(Iterator[list[torch.Tensor]]):
         self._samples = int(state["samples"])
 
     def sources(self, number: int) -> np.ndarray | None:
-        """Of a mixture, the source of each of this rank's samples in step `number` (from 1): int64 (share,)."""
+        """Of a mixture, the source of each of this rank's samples in step `number`, from 1; int64."""
         sources_of = getattr(self.stream, "sources", None)
         first = (number - 1) * self.batch_size + self._rank * self._share
         return None if sources_of is None else sources_of(first, self._share)

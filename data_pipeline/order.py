@@ -25,7 +25,7 @@ class ShardTable(Protocol):
     """Where an order finds the shards of a data set, finished or growing."""
 
     def shards_between(self, split: str, first: int, stop: int) -> list[ShardInfo]:
-        """The shards of a split that hold tokens, with numbers in [first, stop); waits for them if it must."""
+        """The shards of a split that hold tokens, with numbers in [first, stop); may wait for them."""
         ...
 
 
