@@ -111,7 +111,8 @@ def _first_complaint(error: ValidationError, kind: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         message = f"{key} is missing"
     elif first["type"] == "value_error":
-        message = f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        said = str(first["ctx"]["error"])
+        message = f"{key}: {said}" if key and not said.startswith(key) else said
     else:
         message = f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
     more = len(complaints) - 1

@@ -47,6 +47,7 @@ class ModelConfig(Strict):
     binary_embedding: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     neuron: NeuronConfig = NeuronConfig()
+    reset_at_documents: bool = False  # the end of a document clears the state: the next one starts afresh
     backend: Literal["auto", "reference", "cpu", "cpu-avx512", "cpu-avx2", "cpu-plain", "triton"] = "auto"
 
     @model_validator(mode="after")
@@ -56,13 +57,53 @@ class ModelConfig(Strict):
         return self
 
 
-class DataConfig(Strict):
-    """Prepared data and the order in which it is read."""
+class SourceConfig(Strict):
+    """One data set of a mixture."""
 
     path: Path
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None  # None: the folder's
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the tokens, relative to the others'
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it while the others make theirs
+
+    @property
+    def label(self) -> str:
+        """How the source is called in metrics."""
+        return self.name or self.path.name
+
+
+class CurriculumStage(Strict):
+    """Steps in which samples are cut into shorter ones."""
+
+    until_step: Positive  # the last step of this stage
+    context_length: Positive  # divides model.context_length
+
+
+class DataConfig(Strict):
+    """Prepared data and the order in which it is read: one data set (path), or a mixture (sources)."""
+
+    path: Path | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    curriculum: tuple[CurriculumStage, ...] = ()  # after its last stage: model.context_length
     shuffle_window: Positive = 8  # shards whose samples are mixed with one another
     seed: Count = 0
     verify: Literal["full", "size"] = "full"  # checksum every shard at start, or compare sizes only
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "DataConfig":
+        if self.path is None and not self.sources:
+            raise ValueError("data.path is missing (or data.sources, for a mixture)")
+        if self.path is not None and self.sources:
+            raise ValueError("data.path and data.sources are both given: a mixture has no path of its own")
+        kinds = {(source.weight is not None, source.epochs is not None) for source in self.sources}
+        if self.sources and kinds not in ({(True, False)}, {(False, True)}):
+            raise ValueError("data.sources: give every source a weight, or every source its epochs")
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"data.sources: names must differ, not {', '.join(labels)}; set name")
+        ends = [stage.until_step for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"data.curriculum: until_step must grow from stage to stage, not {ends}")
+        return self
 
 
 class ZeroConfig(Strict):
@@ -146,6 +187,7 @@ class TrainConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
     logit_regulariser: Annotated[float, Field(ge=0)] = 1e-4
+    loss_mask: Literal["none", "document-start"] = "none"  # do not learn to guess how a document begins
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware has it
     activation_checkpointing: bool = False  # recompute blocks in backward instead of keeping activations
     compact_activations: bool = True  # keep spikes as bits and recomputed blocks' inputs as counts of spikes
@@ -219,6 +261,16 @@ class RunConfig(Strict):
                 f"parallel.context = {context} does not divide"
                 f" model.context_length = {self.model.context_length}"
             )
+        for stage in self.data.curriculum:
+            if self.model.context_length % stage.context_length or stage.context_length % context:
+                raise ValueError(
+                    f"data.curriculum: context_length {stage.context_length} must divide model.context_length"
+                    f" = {self.model.context_length} and be divisible by parallel.context = {context}"
+                )
+        if self.train.compile and self.data.curriculum:
+            raise ValueError("train.compile does not work with data.curriculum: shapes change")
+        if self.train.loss_mask != "none" and (tensor > 1 or self.train.fused_loss == "on"):
+            raise ValueError("train.loss_mask does not work with parallel.tensor or train.fused_loss = on")
         if self.train.compile and max(tensor, context) > 1:
             raise ValueError("train.compile does not work with parallel.tensor or parallel.context")
         return self

@@ -7,7 +7,7 @@ context_length / stride. The first token of the split is predicted from EOS.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -69,8 +69,8 @@ class LanguageModelResult:
         tokens: int,
         *,
         split_tokens: int,
-        split_bytes: int,
-        split_characters: int,
+        split_bytes: float,
+        split_characters: float,
         conditions: int = 0,
     ) -> "LanguageModelResult":
         """From the summed loss of `tokens` tokens of a split with the given totals.
@@ -93,6 +93,23 @@ class LanguageModelResult:
             bytes=scored_bytes,
             characters=scored_characters,
         )
+
+    @classmethod
+    def weighted(cls, parts: "Sequence[tuple[LanguageModelResult, float]]") -> "LanguageModelResult":
+        """The mean over texts that weigh as much as their shares of the tokens, which add up to 1.
+
+        Of the counts of tokens, bytes and characters, the first is what was scored and the others are in
+        proportion to it.
+        """
+        if len(parts) == 1:
+            return parts[0][0]
+        tokens = sum(result.tokens for result, _ in parts)
+        size, characters = (
+            sum(share * amount(result) / result.tokens for result, share in parts) * tokens
+            for amount in (lambda result: result.bytes, lambda result: result.characters)
+        )
+        nats = sum(share * result.loss for result, share in parts) * tokens
+        return cls.from_sum(nats, tokens, split_tokens=tokens, split_bytes=size, split_characters=characters)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -155,7 +172,9 @@ def evaluate_tokens(
         for batch in batches_of_windows(windows(count, context_length, stride), batch_size):
             inputs, targets = inputs_and_targets(tokens, batch, eos_id)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits, new_state = model(inputs.to(device), state)
+                inputs = inputs.to(device)
+                reset = inputs == eos_id if model.config.reset_at_documents else None
+                logits, new_state = model(inputs, state, reset)
             if carry_state:
                 state = new_state
             total += summed_loss(logits, targets.to(device), batch[0].scored, text_ids=text_ids)

@@ -35,6 +35,8 @@ def uses_fused_loss(config: RunConfig, device: torch.device) -> bool:
         obstacle = "zero.stage 3 shards the head's weights; use a stage up to 2"
     elif config.parallel.tensor > 1:
         obstacle = "parallel.tensor divides the vocabulary over ranks; use train.fused_loss = auto"
+    elif config.train.loss_mask != "none":
+        obstacle = "train.loss_mask needs the loss of each token; use train.fused_loss = auto"
     elif importlib.util.find_spec("fla") is None:
         obstacle = "flash-linear-attention is not installed (pip install 'spikescale[gpu]')"
     if config.train.fused_loss == "on" and obstacle:

@@ -20,7 +20,7 @@ def introduce(run: "Pretraining") -> float:
     config, model, layout, say = run.config, run.config.model, run.layout, run.console.say
     dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
     peak = measured_peak(run.process.device, dtype)
-    totals = run.manifest.totals("train")
+    totals = run.data.totals("train")
     micro, accumulation = micro_batching(config, layout.data)
     say(
         f"{config.name}: {model.variant}, {model.layers} layers, width {model.width},"
@@ -33,9 +33,16 @@ def introduce(run: "Pretraining") -> float:
         part = model.context_length // layout.context
         say(f"sequences are divided over {layout.context} ranks, {part} tokens each")
     say(
-        f"data {run.manifest.folder}: {totals.tokens} tokens, {totals.documents} documents to train on,"
+        f"data {run.data.folders}: {totals.tokens} tokens, {totals.documents} documents to train on,"
         f" {config.train.steps * run.tokens_per_step / totals.tokens:.2f} epochs planned"
     )
+    if run.data.mixed:
+        shares = (f"{part.name} {share:.2%}" for part, share in run.data.shares("train"))
+        say(f"mixture by tokens: {', '.join(shares)}")
+        if run.fused_loss:
+            say("losses by source are not recorded: train.fused_loss keeps no logits (off records them)")
+    for stage in config.data.curriculum:
+        say(f"up to step {stage.until_step}: rows of {stage.context_length} tokens")
     sharding = f"ZeRO {config.zero.stage}{describe_offload(config, run.process.device)}"
     say(
         f"{run.process.world_size} rank(s) on {run.process.device.type}, {torch.get_num_threads()}"
@@ -49,7 +56,7 @@ def introduce(run: "Pretraining") -> float:
     say(f"kernels: {kernels}{SLOW if kernels == 'reference' else ''}{loss}")
     if config.faults.inject:
         say(f"faults are injected: {config.faults.inject}")
-    if not run.manifest.totals("valid").tokens:
+    if not run.data.totals("valid").tokens:
         say("no validation split: nothing is validated, and no checkpoint is the best")
     if run.step:
         say(f"resumed at step {run.step}")

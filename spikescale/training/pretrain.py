@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 
 from spikescale.config import RunConfig, load_config
-from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.errors import UserError
 from spikescale.faults.exits import DONE, INTERRUPTED, LOST, REQUEUE, RequeueError, is_lost_rank
 from spikescale.faults.guard import Guard
@@ -32,6 +31,7 @@ from spikescale.training.bootstrap import (
     set_threads,
 )
 from spikescale.training.checkpoint import is_write_failure, write_failure
+from spikescale.training.dataset import Dataset
 from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_loss
 from spikescale.training.offload import require_offload
 from spikescale.training.run import Inputs, Pretraining
@@ -53,15 +53,15 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
     agreed(process, lambda: require_offload(config, process))
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"
-    manifest = agreed(process, lambda: load_manifest(config.data.path, verify))
-    settled = agreed(process, lambda: _with_precision(_with_vocabulary(config, manifest), process))
+    data = agreed(process, lambda: Dataset.open(config.data, verify))
+    settled = agreed(process, lambda: _with_precision(_with_vocabulary(config, data), process))
     agreed(process, lambda: _require_clear_start(settled))
     if process.world_size == 1:
         join_processes(process)
     try:
         with contextlib.ExitStack() as held:
             agreed(process, lambda: held.enter_context(only_run_in(settled.folder, process)))
-            inputs = agreed(process, lambda: Inputs.open(settled, layout, manifest))
+            inputs = agreed(process, lambda: Inputs.open(settled, layout, data))
             # What may still be refused here (another layout, another model) every rank refuses alike.
             agreed(process, lambda: Pretraining(settled, process, layout, inputs, guard)).run()
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -70,12 +70,12 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
         raise
 
 
-def _with_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig:
-    ids, wanted = manifest.tokenizer.vocab_size, config.model.vocab_size
+def _with_vocabulary(config: RunConfig, data: Dataset) -> RunConfig:
+    ids, wanted = data.tokenizer.vocab_size, config.model.vocab_size
     if wanted is not None and wanted < ids:
         raise UserError(
-            f"model.vocab_size = {wanted}: smaller than the {ids} ids of the {manifest.tokenizer.kind}"
-            f" tokenizer in {manifest.folder}; leave it out or set at least {ids}"
+            f"model.vocab_size = {wanted}: smaller than the {ids} ids of the {data.tokenizer.kind}"
+            f" tokenizer in {data.folders}; leave it out or set at least {ids}"
         )
     model = config.model.model_copy(update={"vocab_size": wanted or ids})
     return config.model_copy(update={"model": model})

@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spikescale.config import RunConfig
-from spikescale.data_pipeline.manifest import Manifest
 from spikescale.errors import UserError
 from spikescale.faults.events import append_event
 from spikescale.files import read_json, write_json, write_text
@@ -18,6 +17,7 @@ from spikescale.tracking.metrics_file import MetricsFile, read_metrics
 from spikescale.tracking.mlflow_run import MlflowRun
 from spikescale.tracking.mlflow_store import default_store, is_server, shown
 from spikescale.training.bootstrap import Process
+from spikescale.training.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +41,21 @@ MLFLOW_NAMES = {
     "rollbacks": "faults/rollbacks",
     "spikes": "faults/spikes",
 }
-# Figures that each layer has, and their group of charts.
-MLFLOW_LAYERS = {"firing_rates": "neurons", "dead_neurons": "dead", "saturated_neurons": "saturated"}
+# Figures that each layer or source has, and their group of charts.
+MLFLOW_GROUPS = {
+    "firing_rates": "neurons",
+    "dead_neurons": "dead",
+    "saturated_neurons": "saturated",
+    "source_losses": "loss_of_source",
+    "valid_source_losses": "loss_of_source_valid",
+}
 
 
 class RunRecords:
     """Writer of a run's files. On other ranks than 0 every method does nothing."""
 
     def __init__(
-        self, config: RunConfig, process: Process, manifest: Manifest, restored: dict[str, Any] | None
+        self, config: RunConfig, process: Process, data: Dataset, restored: dict[str, Any] | None
     ) -> None:
         self.config, self.is_main = config, process.is_main
         self._mlflow: MlflowRun | None = None
@@ -63,7 +69,7 @@ class RunRecords:
         rollbacks = restored.get("faults", {}).get("rollbacks", 0) if restored else 0
         self._metrics = MetricsFile(self.folder / "metrics.jsonl", step, rollbacks)
         if config.mlflow.enabled:
-            self._start_mlflow(settings, process, manifest, restored)
+            self._start_mlflow(settings, process, data, restored)
 
     @property
     def store(self) -> str:
@@ -71,7 +77,7 @@ class RunRecords:
         return self.config.mlflow.uri or default_store(self.config.output)
 
     def _start_mlflow(
-        self, settings: dict[str, Any], process: Process, manifest: Manifest, restored: dict[str, Any] | None
+        self, settings: dict[str, Any], process: Process, data: Dataset, restored: dict[str, Any] | None
     ) -> None:
         local = self.config.mlflow.uri is None
         if restored is None:
@@ -85,9 +91,9 @@ class RunRecords:
             on_start=self._remember,
         )
         tags = {
-            "data.path": str(manifest.folder),
-            "data.manifest_sha256": manifest.sha256,
-            "data.tokenizer": manifest.tokenizer.kind,
+            "data.path": data.folders,
+            "data.manifest_sha256": data.sha256,
+            "data.tokenizer": data.tokenizer.kind,
             "ranks": str(process.world_size),
             **{f"environment.{key}": value for key, value in describe_environment().items()},
         }
@@ -172,7 +178,7 @@ def _earlier_run(path: Path, store: str) -> str | None:
 
 def _metric_names(record: dict[str, Any]) -> dict[str, float]:
     named = {MLFLOW_NAMES[key]: value for key, value in record.items() if key in MLFLOW_NAMES}
-    for key, group in MLFLOW_LAYERS.items():
+    for key, group in MLFLOW_GROUPS.items():
         named |= {f"{group}/{layer}": share for layer, share in record.get(key, {}).items()}
     return {name: value for name, value in named.items() if value is not None}
 

@@ -26,21 +26,26 @@ def sample_texts(run: "Pretraining") -> list[str]:
 
 def final_report(run: "Pretraining") -> None:
     """Evaluate valid and test, and as much of train, then print the table and the samples."""
-    console, manifest, train = run.console, run.manifest, run.config.train
-    sizes = {split: manifest.totals(split).tokens for split in ("train", "valid", "test")}
+    console, data, train = run.console, run.data, run.config.train
+    sizes = {split: data.totals(split).tokens for split in ("train", "valid", "test")}
     limits = dict.fromkeys(sizes, train.final_evaluation_tokens)
     limits["train"] = min(limits["train"], sizes["test"] or sizes["valid"] or train.evaluate_tokens)
     results: dict[str, LanguageModelResult] = {}
     for split, size in sizes.items():
         if size:
             console.say(f"evaluating {min(size, limits[split])} of {size} tokens of {split} ...")
-            results[split] = run.evaluate(split, limits[split])
+            found = run.evaluate(split, limits[split])
+            results[split] = run.combined(split, found)
+            if data.mixed:
+                results |= {f"{split}: {name}": result for name, result in found.items()}
     texts = sample_texts(run) if train.sample_count else []
     run.records.write_samples(run.step, texts)
     if not run.process.is_main:
         return
-    judged = [split for split in results if split != "train"]
-    baseline = trigram_baseline(manifest, run.tokenizer, judged) if train.trigram_baseline and judged else {}
+    judged = [split for split in results if split in ("valid", "test")]
+    baseline: dict[str, float] = {}
+    if train.trigram_baseline and judged and not data.mixed:
+        baseline = trigram_baseline(data.parts[0].manifest, run.tokenizer, judged)
     rows = []
     for split, result in results.items():
         known = baseline.get(split)
@@ -69,7 +74,9 @@ def final_report(run: "Pretraining") -> None:
     ]
     for what, where in facts:
         console.say(f"{what:<16}  {where}")
-    summary = {f"{split}_bits_per_byte": result.bits_per_byte for split, result in results.items()}
+    summary = {
+        f"{split}_bits_per_byte": result.bits_per_byte for split, result in results.items() if split in sizes
+    }
     summary |= {f"{split}_trigram_bits_per_byte": value for split, value in baseline.items()}
     run.records.write_summary(summary | ({"tokens_per_second": speed} if speed else {}))
     for number, text in enumerate(texts, 1):

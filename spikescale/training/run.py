@@ -7,11 +7,11 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from spikescale.config import ModelConfig, RunConfig
-from spikescale.data_pipeline.manifest import Manifest
-from spikescale.data_pipeline.stream import Loader, TokenStream, split_tokens
+from spikescale.data_pipeline.stream import Loader, split_tokens
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.errors import UserError
 from spikescale.evaluation.language_model import LanguageModelResult
@@ -21,7 +21,7 @@ from spikescale.faults.exits import RequeueError
 from spikescale.faults.guard import Agreement, Guard
 from spikescale.faults.inject import Injector
 from spikescale.faults.neuron_health import NeuronHealth
-from spikescale.model import SpikeGPT
+from spikescale.model import SpikeGPT, language_model_loss
 from spikescale.parallel import Layout
 from spikescale.parallel.context import ContextRelay, part_of
 from spikescale.parallel.tensor import tensor_parts
@@ -30,6 +30,7 @@ from spikescale.training.bootstrap import Process
 from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
 from spikescale.training.clock import StepClock
 from spikescale.training.console import TrainingConsole
+from spikescale.training.dataset import Dataset
 from spikescale.training.engine import (
     build_engine,
     gradient_norm,
@@ -42,7 +43,14 @@ from spikescale.training.flops import training_flops_per_token
 from spikescale.training.introduction import introduce
 from spikescale.training.records import RunRecords
 from spikescale.training.report import final_report, sample_texts
+from spikescale.training.samples import (
+    context_length_at,
+    document_starts,
+    shortened,
+    without_document_starts,
+)
 from spikescale.training.schedule import learning_rate
+from spikescale.training.source_losses import SourceLosses
 from spikescale.training.validation import validate
 
 
@@ -50,19 +58,18 @@ from spikescale.training.validation import validate
 class Inputs:
     """What a rank reads from."""
 
-    manifest: Manifest
+    data: Dataset
     tokenizer: Tokenizer
     loader: Loader
 
     @classmethod
-    def open(cls, config: RunConfig, layout: Layout, manifest: Manifest) -> "Inputs":
+    def open(cls, config: RunConfig, layout: Layout, data: Dataset) -> "Inputs":
         """Open the tokenizer and this rank's part of the batches. Raises UserError."""
-        data = config.data
-        tokenizer = load_tokenizer(manifest.tokenizer_folder)
-        stream = TokenStream(manifest, "train", config.model.context_length, data.seed, data.shuffle_window)
+        tokenizer = load_tokenizer(data.tokenizer_folder)
+        stream = data.stream(config.data, config.model.context_length)
         micro, _ = micro_batching(config, layout.data)
         loader = Loader(stream, config.train.batch_size, layout.data_rank, layout.data, micro)
-        return cls(manifest, tokenizer, loader)
+        return cls(data, tokenizer, loader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Outcome:
     agreement: Agreement
     verdict: Verdict
     norm: float | None  # of the whole gradient, where the step was measured
+    source_losses: dict[str, float]  # of a mixture, where the step was measured
 
 
 class Pretraining:
@@ -86,7 +94,7 @@ class Pretraining:
         guard: Guard | None = None,
     ) -> None:
         self.config, self.process, self.layout = config, process, layout
-        self.manifest, self.tokenizer, self.loader = inputs.manifest, inputs.tokenizer, inputs.loader
+        self.data, self.tokenizer, self.loader = inputs.data, inputs.tokenizer, inputs.loader
         self.feed, self.guard, self.judge = Feed(inputs.loader), guard or Guard(), Judge(config.faults)
         train, model = config.train, config.model
         self.parts = tensor_parts(layout, model)
@@ -98,6 +106,8 @@ class Pretraining:
         seed_everything(train.seed, process.rank // layout.tensor)
         self.engine = build_engine(self.model, config, process, layout)
         self.relay = ContextRelay.of(layout)
+        names = [part.name for part in self.data.parts]
+        self.source_losses = SourceLosses(names, self.parts.token_losses, process.device)
         self.tokens_per_step = train.batch_size * model.context_length
         self.validation: LanguageModelResult | None = None
         self.validated_step = 0
@@ -109,7 +119,7 @@ class Pretraining:
 
         self.checkpoints = CheckpointFolder(config.folder / "checkpoints", process, layout, self.parts.group)
         restored = self._restore()
-        self.records = RunRecords(config, process, self.manifest, restored.state if restored else None)
+        self.records = RunRecords(config, process, self.data, restored.state if restored else None)
         # Only now: compiled modules and restored weights must be the same objects.
         if train.compile:
             self.engine.compile()
@@ -210,12 +220,17 @@ class Pretraining:
             group["lr"] = rate
         self.injector.begin_step(self.step + 1)
         losses = torch.zeros((), device=self.process.device)
+        sources = self._sources_of_rows(micro_batches) if measure else None
+        length = context_length_at(self.step + 1, self.config.data, self.config.model.context_length)
         for index, tokens in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            tokens = part_of(tokens.to(self.process.device, non_blocking=True), self.layout)
+            tokens = shortened(tokens.to(self.process.device, non_blocking=True), length)
+            tokens = part_of(tokens, self.layout)
             if measure and last:
                 self._monitor_neurons(True)
-            total, loss = self._losses(tokens[:, :-1], tokens[:, 1:])
+            total, loss = self._losses(
+                tokens[:, :-1], tokens[:, 1:], None if sources is None else sources[index]
+            )
             engine.backward(self.injector.change_loss(total, self.feed.number))
             losses += self.injector.change_loss(loss.detach(), self.feed.number)
             if not last:
@@ -235,16 +250,37 @@ class Pretraining:
             verdict = Verdict("drop", "the gradient is not finite")
         if measure and norm is None:
             norm = gradient_norm(engine)
-        return Outcome(agreement, self.judge.take(agreement.loss, verdict), norm)
+        by_source = self.source_losses.read() if sources is not None else {}
+        return Outcome(agreement, self.judge.take(agreement.loss, verdict), norm, by_source)
 
-    def _losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss to minimise and the cross-entropy to report."""
-        regulariser = self.config.train.logit_regulariser
+    def _losses(
+        self, tokens: torch.Tensor, targets: torch.Tensor, sources: np.ndarray | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss to minimise and the cross-entropy to report; `sources` of the rows: counted by source."""
+        regulariser, eos = self.config.train.logit_regulariser, self.data.tokenizer.eos_id
+        reset = document_starts(tokens, eos) if self.config.model.reset_at_documents else None
+        if self.config.train.loss_mask == "document-start":
+            targets = without_document_starts(tokens, targets, eos)
         if self.fused_loss:
-            losses, _ = self.engine(tokens, targets=targets, regulariser=regulariser, relay=self.relay)
+            losses, _ = self.engine(
+                tokens, reset=reset, targets=targets, regulariser=regulariser, relay=self.relay
+            )
             return losses[0], losses[1].detach()
-        logits, _ = self.engine(tokens, relay=self.relay)
+        logits, _ = self.engine(tokens, reset=reset, relay=self.relay)
+        if sources is not None:
+            self.source_losses.add(logits, targets, sources)
+        if self.config.train.loss_mask != "none":
+            return language_model_loss(logits, targets, regulariser, masked=True)
         return self.parts.loss(logits, targets, regulariser)
+
+    def _sources_of_rows(self, micro_batches: list[torch.Tensor]) -> list[np.ndarray] | None:
+        """The source of each row of each micro-batch, where they are mixed and their logits can be seen."""
+        sources = self.loader.sources(self.feed.number)
+        if sources is None or self.fused_loss:
+            return None
+        length = context_length_at(self.step + 1, self.config.data, self.config.model.context_length)
+        rows = np.repeat(sources, self.config.model.context_length // length)
+        return np.array_split(rows, len(micro_batches))
 
     def _monitor_neurons(self, on: bool) -> None:
         for _, neuron in self.model.neurons():
@@ -271,6 +307,8 @@ class Pretraining:
             "dead_neurons": health.dead,
             "saturated_neurons": health.saturated,
         }
+        if outcome.source_losses:
+            record["source_losses"] = outcome.source_losses
         self.console.log(record, (self.config.train.steps - self.step) * self.clock.seconds_per_step(speed))
         self.records.write(record)
         if self.step >= self.config.train.warmup_steps:
@@ -278,29 +316,42 @@ class Pretraining:
                 self.console.say(f"step {self.step}: {change.sentence}")
                 self.records.event(change.event, self.step, layer=change.layer, share=change.share)
 
-    def evaluate(self, split: str, limit: int | None = None) -> LanguageModelResult:
-        """Loss over a split (its first `limit` tokens); every rank calls it."""
+    def evaluate(self, split: str, limit: int | None = None) -> dict[str, LanguageModelResult]:
+        """Loss over a split of each data set, of about `limit` tokens in all; every rank calls it.
+
+        Of a mixture, each part has its share of the limit, and `combined` results weigh as the training
+        tokens do.
+        """
         micro, _ = micro_batching(self.config, self.layout.data)
-        return validate(
-            self.engine,
-            split_tokens(self.manifest, split),
-            context_length=self.config.model.context_length,
-            batch_size=micro,
-            eos_id=self.manifest.tokenizer.eos_id,
-            layout=self.layout,
-            device=self.process.device,
-            token_losses=self.parts.token_losses,
-            totals=self.manifest.totals(split),
-            limit=limit,
-            progress=self.guard.beat,
-        )
+        results = {}
+        for part, share in self.data.shares(split):
+            results[part.name] = validate(
+                self.engine,
+                split_tokens(part.manifest, split),
+                context_length=self.config.model.context_length,
+                batch_size=micro,
+                eos_id=self.data.tokenizer.eos_id,
+                layout=self.layout,
+                device=self.process.device,
+                token_losses=self.parts.token_losses,
+                totals=part.manifest.totals(split),
+                limit=None if limit is None else max(1, round(limit * share)),
+                progress=self.guard.beat,
+            )
+        return results
+
+    def combined(self, split: str, results: dict[str, LanguageModelResult]) -> LanguageModelResult:
+        """One result over the parts of a split, each weighing as much as in training."""
+        shares = {part.name: share for part, share in self.data.shares(split)}
+        return LanguageModelResult.weighted([(results[name], share) for name, share in shares.items()])
 
     def _validate(self) -> bool:
         """Evaluate a part of the valid split; whether the loss is a number."""
-        if not self.manifest.totals("valid").tokens:
+        if not self.data.totals("valid").tokens:
             return True
         with self.guard.patience("evaluating"):
-            result = self.evaluate("valid", self.config.train.evaluate_tokens)
+            results = self.evaluate("valid", self.config.train.evaluate_tokens)
+        result = self.combined("valid", results)
         self.validation, self.validated_step = result, self.step
         self.console.say(
             f"step {self.step:>{len(str(self.config.train.steps))}}  valid loss {result.loss:.4f}"
@@ -308,6 +359,8 @@ class Pretraining:
             f"  bits/char {result.bits_per_character:.4f}  ({result.tokens} tokens)"
         )
         figures = {f"valid_{key}": value for key, value in dataclasses.asdict(result).items()}
+        if self.data.mixed:
+            figures["valid_source_losses"] = {name: part.loss for name, part in results.items()}
         self.records.write({"step": self.step, **figures})
         return math.isfinite(result.loss)
 

@@ -48,7 +48,9 @@ def validate(
         mine = first + reader
         batch = batches[min(mine, len(batches) - 1)]
         inputs, targets = inputs_and_targets(tokens, batch, eos_id)
-        logits, _ = engine(inputs.to(device))
+        inputs = inputs.to(device)
+        reset = inputs == eos_id if engine.module.config.reset_at_documents else None
+        logits, _ = engine(inputs, reset=reset)
         if mine < len(batches):
             nats += summed_loss(logits, targets.to(device), batch[0].scored, token_losses)
             scored += len(batch) * batch[0].scored
