@@ -173,8 +173,7 @@ def evaluate_tokens(
             inputs, targets = inputs_and_targets(tokens, batch, eos_id)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 inputs = inputs.to(device)
-                reset = inputs == eos_id if model.config.reset_at_documents else None
-                logits, new_state = model(inputs, state, reset)
+                logits, new_state = model(inputs, state, **document_resets(model, inputs, eos_id))
             if carry_state:
                 state = new_state
             total += summed_loss(logits, targets.to(device), batch[0].scored, text_ids=text_ids)
@@ -183,6 +182,12 @@ def evaluate_tokens(
     finally:
         model.train(was_training)
     return total, count
+
+
+def document_resets(model: Any, inputs: Tensor, eos_id: int) -> dict[str, Tensor]:
+    """The argument by which a model that clears its state between documents is told where to; else none."""
+    config = getattr(model, "config", None)
+    return {"reset": inputs == eos_id} if config is not None and config.reset_at_documents else {}
 
 
 def batches_of_windows(ordered: Iterator[Window], batch_size: int) -> Iterator[list[Window]]:

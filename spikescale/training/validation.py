@@ -9,6 +9,7 @@ from spikescale.evaluation.language_model import (
     LanguageModelResult,
     TokenLosses,
     batches_of_windows,
+    document_resets,
     inputs_and_targets,
     summed_loss,
     windows,
@@ -49,8 +50,7 @@ def validate(
         batch = batches[min(mine, len(batches) - 1)]
         inputs, targets = inputs_and_targets(tokens, batch, eos_id)
         inputs = inputs.to(device)
-        reset = inputs == eos_id if engine.module.config.reset_at_documents else None
-        logits, _ = engine(inputs, reset=reset)
+        logits, _ = engine(inputs, **document_resets(engine.module, inputs, eos_id))
         if mine < len(batches):
             nats += summed_loss(logits, targets.to(device), batch[0].scored, token_losses)
             scored += len(batch) * batch[0].scored
