@@ -68,6 +68,10 @@ setup(
         "pyyaml>=6,<7",
         "zstandard>=0.25,<0.26",
         "ninja>=1.13,<2",
+        # Cleaning (docs/cleaning.md).
+        "ftfy>=6.3,<7",
+        "py3langid>=0.4,<0.5",
+        "datasketch>=2.0,<2.1",
     ],
     extras_require={
         "gpu": GPU,

@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spikescale.data_pipeline.clean import CleanSettings
+from spikescale.data_pipeline.clean.record import FOLDER as CLEAN
+from spikescale.data_pipeline.clean.unknown import UnknownLimit
+from spikescale.data_pipeline.clean.work import clean_corpus, cleaning_is_finished, remove_work, work_folder
 from spikescale.data_pipeline.manifest import FILE as MANIFEST
 from spikescale.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, load_manifest, write_manifest
 from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
@@ -56,6 +60,7 @@ class PrepareSettings:
             the source must have been asked for them (`ReadOptions.metadata_keys`).
         condition_dropout: share of the documents that are left without.
         workers: processes. ray: run them on Ray; ray_address: of a running cluster.
+        clean: how documents are cleaned first; by default not at all.
         overwrite: replace what another request left in the folder.
         quiet: show no progress.
     """
@@ -71,6 +76,7 @@ class PrepareSettings:
     workers: int = 1
     ray: bool = True
     ray_address: str | None = None
+    clean: CleanSettings = field(default_factory=CleanSettings)
     overwrite: bool = False
     quiet: bool = False
 
@@ -97,10 +103,21 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
     with _locked(output):
         _claim(output, request, settings.overwrite)
         limits = _limits(len(partitions), settings.limit_documents)
+        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        complete = settings.clean.active and (output / MANIFEST).exists()
+        if complete and cleaning_is_finished(output, len(partitions), digest):
+            remove_work(output)
+            return load_manifest(output, verify="size")
         with _pool(settings, len(partitions)) as pool:
+            if settings.clean.active:
+                with _progress("cleaning", partitions, settings) as progress:
+                    partitions = clean_corpus(
+                        output, partitions, limits, settings.split, settings.clean, digest, pool, progress
+                    )
+                limits = [None] * len(partitions)
             tokenizer = _tokenizer(output, spec, pool, partitions, limits, settings)
+            UnknownLimit.of(tokenizer, settings.clean)  # refuses a limit that means nothing
             fast = _fast_path(tokenizer, partitions, settings)
-            digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
             tasks = [
                 ShardTask(
                     folder=output,
@@ -121,6 +138,8 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
         write_manifest(
             output, tokenizer, dtype_for(tokenizer.vocab_size), shards, len(partitions), source.name
         )
+        if settings.clean.active:
+            remove_work(output)
     return load_manifest(output, verify="size")
 
 
@@ -132,8 +151,10 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
     if settings.condition_on:
         tokenizer["condition_on"] = list(settings.condition_on)
         tokenizer["condition_dropout"] = settings.condition_dropout
+    cleaning = {"clean": settings.clean.identity()} if settings.clean.active else {}
     return {
         "version": 1,
+        **cleaning,
         "source": {"name": source.name, **source.identity()},
         "partitions": {"count": len(partitions), "sha256": hashlib.sha256(described.encode()).hexdigest()},
         "tokenizer": tokenizer,
@@ -164,7 +185,8 @@ def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> None:
         earlier = read_json(path)
         if earlier != request:
             if not overwrite:
-                changed = ", ".join(sorted(key for key in request if earlier.get(key) != request[key]))
+                keys = sorted({*request, *earlier})
+                changed = ", ".join(key for key in keys if earlier.get(key) != request.get(key))
                 raise UserError(
                     f"{folder}: holds data prepared otherwise ({changed} differ); "
                     "choose another folder, or --overwrite"
@@ -172,6 +194,8 @@ def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> None:
             _clear(folder)
     sweep_temporaries(folder)
     sweep_temporaries(folder / TOKENIZER_FOLDER)
+    sweep_temporaries(folder / CLEAN)
+    sweep_temporaries(work_folder(folder))
     if not (folder / REQUEST).exists():
         write_json(folder / REQUEST, request)
 
@@ -181,6 +205,7 @@ def _clear(folder: Path) -> None:
     # a kill in between leaves a folder that is still known for ours.
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / CLEAN, ignore_errors=True)
     for split in SPLITS:
         for path in folder.glob(f"{split}-*"):
             if path.suffix in (".bin", ".idx", ".json"):

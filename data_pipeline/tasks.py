@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from spikescale.data_pipeline.clean.record import Record, record_path
+from spikescale.data_pipeline.clean.unknown import UnknownLimit
+from spikescale.data_pipeline.clean.work import CleanedPartition
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
 from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
@@ -162,6 +165,9 @@ class ShardTask:
             "tokenizer_sha256": self.tokenizer_sha256,
             "partition": self.partition.label,
         }
+        cleaned = self.partition if isinstance(self.partition, CleanedPartition) else None
+        if cleaned is not None:
+            facts["record_sha256"] = cleaned.finished_record()
         done = [finished_shard(self.folder, split, self.number, facts) for split in SPLITS]
         finished = [shard for shard in done if shard is not None]
         if len(finished) == len(SPLITS):
@@ -174,35 +180,62 @@ class ShardTask:
             for split in SPLITS
         }
         try:
-            self._write(tokenizer, writers, report)
+            if cleaned is None:
+                self._write(self.partition, tokenizer, writers, report)
+            else:
+                recording, record = cleaned.recording()
+                unknown = UnknownLimit.of(tokenizer, cleaned.settings)
+                self._write(recording, tokenizer, writers, report, record, unknown)
+                facts["record_sha256"] = record.write(record_path(self.folder, self.number))
             return [writers[split].finish(**facts) for split in SPLITS]
         finally:
             for writer in writers.values():
                 writer.abandon()
 
-    def _write(self, tokenizer: Tokenizer, writers: dict[str, ShardWriter], report: Report) -> None:
+    def _write(
+        self,
+        partition: Partition,
+        tokenizer: Tokenizer,
+        writers: dict[str, ShardWriter],
+        report: Report,
+        record: Record | None = None,
+        unknown: UnknownLimit | None = None,
+    ) -> None:
         batch: list[Placed] = []
         characters = 0
-        for document in placed_documents(self.partition, self.settings, self.limit):
+        for document in placed_documents(partition, self.settings, self.limit):
             batch.append(document)
             characters += len(document.text)
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-                _write_batch(tokenizer, writers, batch, report)
+                _write_batch(tokenizer, writers, batch, report, record, unknown)
                 batch, characters = [], 0
-        _write_batch(tokenizer, writers, batch, report)
+        _write_batch(tokenizer, writers, batch, report, record, unknown)
 
 
 def _write_batch(
-    tokenizer: Tokenizer, writers: dict[str, ShardWriter], batch: list[Placed], report: Report
+    tokenizer: Tokenizer,
+    writers: dict[str, ShardWriter],
+    batch: list[Placed],
+    report: Report,
+    record: Record | None,
+    unknown: UnknownLimit | None,
 ) -> None:
     tokens = 0
     encoded = tokenizer.encode_arrays([document.text for document in batch])
+    if unknown is not None and record is not None:
+        known = [
+            not unknown.drops(ids, document, record) for document, ids in zip(batch, encoded, strict=True)
+        ]
+        batch = [document for document, keep in zip(batch, known, strict=True) if keep]
+        encoded = [ids for ids, keep in zip(encoded, known, strict=True) if keep]
     if isinstance(tokenizer, ConditionedTokenizer):
         encoded = [
             np.concatenate([np.array(tokenizer.prefix(document.metadata, document.digest), np.int64), ids])
             for document, ids in zip(batch, encoded, strict=True)
         ]
     for document, ids in zip(batch, encoded, strict=True):
+        if record is not None:
+            record.written(len(document.text))
         writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
         tokens += len(ids) + 1
     report(len(batch), tokens, sum(document.size_bytes for document in batch))

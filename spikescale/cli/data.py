@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spikescale.cli.data_clean import add_cleaning_arguments, cleaning_settings
 from spikescale.errors import UserError
 
 PREPARE_EXAMPLES = """examples:
@@ -136,6 +137,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     split.add_argument(
         "--chunk-characters", type=int, default=4000, metavar="N", help="longest chunk, in characters"
     )
+    add_cleaning_arguments(parser)
     work = parser.add_argument_group("work")
     work.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="Ray worker processes"
@@ -219,6 +221,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         ray=not arguments.no_ray,
         ray_address=arguments.ray_address,
+        clean=cleaning_settings(arguments),
         overwrite=arguments.overwrite,
         quiet=arguments.quiet,
     )
