@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spikescale.cli import data_collect
 from spikescale.cli.data_clean import add_cleaning_arguments, cleaning_settings
 from spikescale.errors import UserError
 
@@ -16,6 +17,11 @@ PREPARE_EXAMPLES = """examples:
   spikescale data prepare --source 'texts/*.jsonl.gz' --tokenizer gpt2 --output data/mine --workers 8
   spikescale data prepare --source fineweb --limit-documents 1000000 --tokenizer neox --output data/fineweb"""
 
+# Actions with a module of their own.
+FURTHER: dict[str, tuple[Any, str]] = {
+    "collect": (data_collect, "fetch articles of Wikipedia as JSON lines"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill in the sub-commands."""
@@ -23,11 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_list(_action(actions, parser, "list", "the sources that have a name"))
     _add_prepare(_action(actions, parser, "prepare", "turn a source into shards of tokens", PREPARE_EXAMPLES))
     _add_inspect(_action(actions, parser, "inspect", "counts, document lengths and samples of prepared data"))
+    for name, (module, summary) in FURTHER.items():
+        module.add_arguments(_action(actions, parser, name, summary, module.EXAMPLES))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen sub-command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if arguments.action in FURTHER:
+        return int(FURTHER[arguments.action][0].run(arguments))
     return int({"list": _list, "prepare": _prepare, "inspect": _inspect}[arguments.action](arguments))
 
 
