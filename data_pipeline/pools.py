@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from spikescale.errors import UserError
 
 POLL_SECONDS = 0.5
+DEATHS = 4  # of workers over one task, before it is given up
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ class Worker:
 
 
 class RayPool:
-    """Runs tasks on Ray actors that are restarted, and their tasks repeated, when they die.
+    """Runs tasks on Ray actors. One that dies, or whose node is lost, is replaced and its task repeated.
+
+    Not left to Ray's own restarts: while a node goes down, its retries are used up within a second.
 
     Args:
         workers: how many actors, of one core each.
@@ -95,15 +98,17 @@ class RayPool:
 
         if not tasks:
             return []
-        actor = ray.remote(Worker).options(num_cpus=1, max_restarts=-1, max_task_retries=3, max_concurrency=2)
+        actor = ray.remote(Worker).options(num_cpus=1, max_restarts=0, max_task_retries=0, max_concurrency=2)
         workers = [actor.remote() for _ in range(min(self._workers, len(tasks)))]
         try:
-            return self._run(tasks, workers, listener)
+            return self._run(tasks, workers, actor.remote, listener)
         finally:
             for worker in workers:
                 ray.kill(worker)
 
-    def _run(self, tasks: Sequence[Task], workers: list[Any], listener: Listener) -> list[Any]:
+    def _run(
+        self, tasks: Sequence[Task], workers: list[Any], new_worker: Callable[[], Any], listener: Listener
+    ) -> list[Any]:
         import ray
 
         results: list[Any] = [None] * len(tasks)
@@ -111,14 +116,18 @@ class RayPool:
         waiting = iter(enumerate(tasks))
         running: dict[Any, tuple[int, int]] = {}
         asked: dict[Any, int] = {}
+        deaths = [0] * len(tasks)
 
         def submit(position: int) -> None:
             index, task = next(waiting, (-1, None))
-            if task is not None:
+            if task is None:
+                # Nothing is left for it: its core may be what a worker of a lost node is waiting for.
+                ray.kill(workers[position])
+            else:
                 running[workers[position].execute.remote(task)] = (index, position)
 
         def advance(position: int, counts: list[int]) -> None:
-            # A restarted actor counts from zero again; what it repeats is not reported twice.
+            # A new worker counts from zero again; what it repeats is not reported twice.
             steps = [max(0, new - old) for new, old in zip(counts, seen[position], strict=True)]
             seen[position] = [max(new, old) for new, old in zip(counts, seen[position], strict=True)]
             listener.advance(*steps)
@@ -132,10 +141,18 @@ class RayPool:
                 try:
                     well, result, counts = ray.get(reference)
                 except ray.exceptions.RayActorError as error:
+                    deaths[index] += 1
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(
-                        f"partition {index}: its Ray worker died again and again ({reason})"
-                    ) from None
+                    if deaths[index] == DEATHS:
+                        raise UserError(
+                            f"partition {index}: its Ray worker died again and again ({reason})"
+                        ) from None
+                    logger.warning("partition %d: its Ray worker died, a new one repeats it", index)
+                    ray.kill(workers[position])  # it may be cut off from here only
+                    asked = {asking: other for asking, other in asked.items() if other != position}
+                    workers[position] = new_worker()
+                    running[workers[position].execute.remote(tasks[index])] = (index, position)
+                    continue
                 if not well:
                     raise UserError(result)
                 advance(position, counts)

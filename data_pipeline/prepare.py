@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.clean.record import FOLDER as CLEAN
@@ -28,6 +28,7 @@ from spikescale.data_pipeline.manifest import FILE as MANIFEST
 from spikescale.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, load_manifest, write_manifest
 from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
 from spikescale.data_pipeline.progress import Progress
+from spikescale.data_pipeline.quarantine import PATTERN, SUMMARY, SoundPartition, summarise
 from spikescale.data_pipeline.shards import ShardInfo, dtype_for
 from spikescale.data_pipeline.sources import Partition, Source
 from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
@@ -37,7 +38,7 @@ from spikescale.data_pipeline.tokenizers.base import DESCRIPTION
 from spikescale.data_pipeline.tokenizers.conditioned import conditioned
 from spikescale.data_pipeline.tokenizers.huggingface import Fast, HuggingFaceTokenizer
 from spikescale.errors import UserError
-from spikescale.files import read_json, sweep_temporaries, write_json
+from spikescale.files import read_json, room_needed, sweep_temporaries, write_json
 
 REQUEST = "request.json"
 CHECK_DOCUMENTS = 64  # of the corpus, on which the fast path is compared with HF
@@ -61,6 +62,8 @@ class PrepareSettings:
         condition_dropout: share of the documents that are left without.
         workers: processes. ray: run them on Ray; ray_address: of a running cluster.
         clean: how documents are cleaned first; by default not at all.
+        bad_records: refuse or quarantine. max_bad_share: of a partition's and of the job's records, that
+            may be quarantined before the job stops.
         overwrite: replace what another request left in the folder.
         quiet: show no progress.
     """
@@ -77,6 +80,8 @@ class PrepareSettings:
     ray: bool = True
     ray_address: str | None = None
     clean: CleanSettings = field(default_factory=CleanSettings)
+    bad_records: Literal["refuse", "quarantine"] = "refuse"
+    max_bad_share: float = 0.01
     overwrite: bool = False
     quiet: bool = False
 
@@ -93,6 +98,9 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
         raise UserError(f"workers = {settings.workers}: must be at least 1")
     if settings.limit_documents is not None and settings.limit_documents < 1:
         raise UserError(f"limit_documents = {settings.limit_documents}: must be at least 1")
+    if not 0 <= settings.max_bad_share <= 1:
+        raise UserError(f"max_bad_share = {settings.max_bad_share}: must be between 0 and 1")
+    max_bad_share = settings.max_bad_share if settings.bad_records == "quarantine" else None
     partitions = source.partitions()
     request = _request(source, partitions, settings)
     output = Path(output).absolute()
@@ -100,19 +108,27 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made a folder ({error.strerror})") from None
-    with _locked(output):
+    with _locked(output), room_needed(output):
         _claim(output, request, settings.overwrite)
         limits = _limits(len(partitions), settings.limit_documents)
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         complete = settings.clean.active and (output / MANIFEST).exists()
-        if complete and cleaning_is_finished(output, len(partitions), digest):
+        if complete and cleaning_is_finished(output, len(partitions), digest, max_bad_share is not None):
             remove_work(output)
             return load_manifest(output, verify="size")
         with _pool(settings, len(partitions)) as pool:
             if settings.clean.active:
                 with _progress("cleaning", partitions, settings) as progress:
                     partitions = clean_corpus(
-                        output, partitions, limits, settings.split, settings.clean, digest, pool, progress
+                        output,
+                        partitions,
+                        limits,
+                        settings.split,
+                        settings.clean,
+                        digest,
+                        pool,
+                        progress,
+                        max_bad_share,
                     )
                 limits = [None] * len(partitions)
             tokenizer = _tokenizer(output, spec, pool, partitions, limits, settings)
@@ -129,11 +145,14 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
                     tokenizer_sha256=tokenizer.sha256,
                     request=digest,
                     fast=fast,
+                    max_bad_share=max_bad_share,
                 )
                 for number, (partition, limit) in enumerate(zip(partitions, limits, strict=True))
             ]
             with _progress("preparing", partitions, settings) as progress:
                 shards = list(itertools.chain.from_iterable(pool.run(tasks, progress)))
+        if max_bad_share is not None:
+            summarise(output, len(partitions), max_bad_share)
         _require_documents(shards, partitions, settings.split)
         write_manifest(
             output, tokenizer, dtype_for(tokenizer.vocab_size), shards, len(partitions), source.name
@@ -152,7 +171,7 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
         tokenizer["condition_on"] = list(settings.condition_on)
         tokenizer["condition_dropout"] = settings.condition_dropout
     cleaning = {"clean": settings.clean.identity()} if settings.clean.active else {}
-    return {
+    request: dict[str, Any] = {
         "version": 1,
         **cleaning,
         "source": {"name": source.name, **source.identity()},
@@ -161,6 +180,9 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
         "split": asdict(settings.split),
         "limit_documents": settings.limit_documents,
     }
+    if settings.bad_records != "refuse":
+        request["bad_records"] = settings.bad_records
+    return request
 
 
 @contextlib.contextmanager
@@ -210,6 +232,8 @@ def _clear(folder: Path) -> None:
         for path in folder.glob(f"{split}-*"):
             if path.suffix in (".bin", ".idx", ".json"):
                 path.unlink()
+    for path in (folder / SUMMARY, *folder.glob(PATTERN)):
+        path.unlink(missing_ok=True)
     (folder / REQUEST).unlink(missing_ok=True)
 
 
@@ -294,7 +318,7 @@ def _fast_path(tokenizer: Tokenizer, partitions: Sequence[Partition], settings: 
     sample: list[str] = []
     characters = 0
     for partition in partitions[:4]:
-        documents = placed_documents(partition, settings.split, CHECK_DOCUMENTS // 4)
+        documents = placed_documents(SoundPartition(partition), settings.split, CHECK_DOCUMENTS // 4)
         for document in documents:
             sample.append(document.text[: CHECK_CHARACTERS // 16])
             characters += len(sample[-1])

@@ -16,6 +16,7 @@ import numpy as np
 from spikescale.data_pipeline.clean.record import Record, record_path
 from spikescale.data_pipeline.clean.unknown import UnknownLimit
 from spikescale.data_pipeline.clean.work import CleanedPartition
+from spikescale.data_pipeline.quarantine import Quarantine, SoundPartition, quarantine_intact
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
 from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
@@ -23,6 +24,7 @@ from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
 from spikescale.data_pipeline.tokenizers.syllable import count_syllables
+from spikescale.files import room_needed
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -71,7 +73,7 @@ class SurveyTask:
         metadata: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
 
         def training_texts() -> Iterator[str]:
-            for document in placed_documents(self.partition, self.settings, self.limit):
+            for document in placed_documents(SoundPartition(self.partition), self.settings, self.limit):
                 metadata[document.split == "train"].update(document.metadata)
                 if document.split == "train":
                     if self.what == "texts":
@@ -145,7 +147,7 @@ class ShardTask:
         number: the partition's number.
         request: digest of the whole request, kept in sidecars.
         fast: whether tokenizer.json kinds take the fast path (the caller has checked it).
-        quiet_threads: leave the tokenizer one thread, because other workers share the machine.
+        max_bad_share: of a partition's records that may be quarantined; None: none is, all are refused.
     """
 
     folder: Path
@@ -157,10 +159,15 @@ class ShardTask:
     tokenizer_sha256: str
     request: str
     fast: bool
+    max_bad_share: float | None = None
 
     def run(self, report: Report) -> list[ShardInfo]:
         """Write the shards, unless they are there and intact, and return what they hold."""
-        facts = {
+        with room_needed(self.folder):
+            return self._run(report)
+
+    def _run(self, report: Report) -> list[ShardInfo]:
+        facts: dict[str, Any] = {
             "request": self.request,
             "tokenizer_sha256": self.tokenizer_sha256,
             "partition": self.partition.label,
@@ -168,9 +175,11 @@ class ShardTask:
         cleaned = self.partition if isinstance(self.partition, CleanedPartition) else None
         if cleaned is not None:
             facts["record_sha256"] = cleaned.finished_record()
+            facts.update(cleaned.quarantined())
         done = [finished_shard(self.folder, split, self.number, facts) for split in SPLITS]
         finished = [shard for shard in done if shard is not None]
-        if len(finished) == len(SPLITS):
+        intact = self.max_bad_share is None or quarantine_intact(self.folder, self.number)
+        if len(finished) == len(SPLITS) and intact:
             for shard in finished:
                 report(shard.documents, shard.tokens, shard.bytes)
             return finished
@@ -179,16 +188,20 @@ class ShardTask:
             split: ShardWriter(self.folder, split, self.number, tokenizer.vocab_size, tokenizer.eos_id)
             for split in SPLITS
         }
+        quarantine = Quarantine(self.folder, self.number, self.partition, self.max_bad_share)
         try:
             if cleaned is None:
-                self._write(self.partition, tokenizer, writers, report)
+                self._write(quarantine, tokenizer, writers, report)
+                facts.update(quarantine.finish())
             else:
                 recording, record = cleaned.recording()
                 unknown = UnknownLimit.of(tokenizer, cleaned.settings)
                 self._write(recording, tokenizer, writers, report, record, unknown)
                 facts["record_sha256"] = record.write(record_path(self.folder, self.number))
+                facts.update(cleaned.quarantined())
             return [writers[split].finish(**facts) for split in SPLITS]
         finally:
+            quarantine.abandon()
             for writer in writers.values():
                 writer.abandon()
 

@@ -6,6 +6,7 @@ name that looks finished.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,20 @@ def written_aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def room_needed(folder: Path) -> Iterator[None]:
+    """A full disk, quota or file size met in the block becomes a UserError, one line naming `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{folder}: writing failed ({error.strerror}); make room and run the same command again: "
+                "what is finished is kept"
+            ) from None
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -21,11 +21,21 @@ from spikescale.data_pipeline.clean.record import FOLDER, Record, read_record, r
 from spikescale.data_pipeline.clean.settings import CleanSettings
 from spikescale.data_pipeline.clean.stages import Stage, make_stages
 from spikescale.data_pipeline.pools import Listener, Pool
+from spikescale.data_pipeline.quarantine import FACT as QUARANTINE
+from spikescale.data_pipeline.quarantine import Quarantine, bad_records_intact, quarantine_intact
 from spikescale.data_pipeline.shards import finished_shard
 from spikescale.data_pipeline.sources import Document, Partition
 from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
 from spikescale.errors import UserError
-from spikescale.files import fsync_file, fsync_folder, read_json, sha256_file, temporary_path, write_json
+from spikescale.files import (
+    fsync_file,
+    fsync_folder,
+    read_json,
+    room_needed,
+    sha256_file,
+    temporary_path,
+    write_json,
+)
 
 WORK = "work"
 CLUSTERS = "duplicates.json"
@@ -47,6 +57,7 @@ class CleanTask:
         folder: of the prepared data. number: the partition's.
         index, index_sha256: the n-grams of evaluation sets, where some were given.
         request: digest of the whole request.
+        max_bad_share: see `quarantine.Quarantine`.
     """
 
     folder: Path
@@ -58,6 +69,7 @@ class CleanTask:
     index: Path | None
     index_sha256: str
     request: str
+    max_bad_share: float | None = None
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
@@ -67,6 +79,10 @@ class CleanTask:
 
     def run(self, report: Report) -> None:
         """Write the partition's files, unless they are there and intact."""
+        with room_needed(self.folder):
+            self._run(report)
+
+    def _run(self, report: Report) -> None:
         texts, keys, record_file = self.paths
         done = self.finished()
         if done:
@@ -79,8 +95,10 @@ class CleanTask:
         for stage in stages:
             record.begin_stage(stage.name)
         temporaries = (temporary_path(texts), temporary_path(keys))
+        quarantine = Quarantine(self.folder, self.number, self.partition, self.max_bad_share)
         try:
-            rows = self._write_documents(temporaries[0], stages, record, report)
+            rows = self._write_documents(quarantine, temporaries[0], stages, record, report)
+            record.facts.update(quarantine.finish())
             with temporaries[1].open("wb") as file:
                 np.save(file, np.array(rows, dtype=key_type(self.settings)))
             for temporary, path in zip(temporaries, (texts, keys), strict=True):
@@ -88,6 +106,7 @@ class CleanTask:
                 temporary.replace(path)
             fsync_folder(texts.parent)
         finally:
+            quarantine.abandon()
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
         record.facts["files"] = self._sums()
@@ -96,18 +115,20 @@ class CleanTask:
     def finished(self) -> dict[str, Any]:
         """The record, if it and the files are there and intact; else empty."""
         content = read_record(self.paths[2], self.request)
-        return content if content is not None and content["files"] == self._sums() else {}
+        if content is None or content["files"] != self._sums():
+            return {}
+        return content if bad_records_intact(self.folder, self.number, content.get(QUARANTINE)) else {}
 
     def _sums(self) -> list[str]:
         return [sha256_file(path) if path.exists() else "" for path in self.paths[:2]]
 
     def _write_documents(
-        self, path: Path, stages: Sequence[Stage], record: Record, report: Report
+        self, partition: Partition, path: Path, stages: Sequence[Stage], record: Record, report: Report
     ) -> list[tuple[Any, ...]]:
         import zstandard
 
         rows = []
-        cleaned = _Cleaned(self.partition, stages, record, self.limit, report)
+        cleaned = _Cleaned(partition, stages, record, self.limit, report)
         with (
             path.open("wb") as file,
             zstandard.ZstdCompressor(level=LEVEL).stream_writer(file, closefd=False) as writer,
@@ -141,9 +162,6 @@ class _Cleaned:
         for number, document in enumerate(self._partition.documents()):
             if self._limit is not None and number >= self._limit:
                 return
-            if document.fault:
-                yield document  # not text; whoever keeps such records apart does so later
-                continue
             cleaned = self._clean(document)
             self._report(1, 0, len(document.text))
             if cleaned is not None:
@@ -236,6 +254,11 @@ class CleanedPartition:
             record.begin_stage("unknown")
         return replace(self, record=record), record
 
+    def quarantined(self) -> dict[str, Any]:
+        """What the cleaning pass noted of the partition's bad records, for the sidecars."""
+        content = read_record(self.texts.with_suffix("").with_suffix(".json")) or {}
+        return {QUARANTINE: content[QUARANTINE]} if QUARANTINE in content else {}
+
     def finished_record(self) -> str:
         """The checksum of the finished record, or `none` when there is none that is intact."""
         content = read_record(record_path(self.folder, self.number))
@@ -251,6 +274,7 @@ def clean_corpus(
     request: str,
     pool: Pool,
     listener: Listener,
+    max_bad_share: float | None = None,
 ) -> list[Partition]:
     """Clean every partition on the pool, find duplicates, and return partitions of what is left.
 
@@ -264,7 +288,9 @@ def clean_corpus(
         index = work / "evaluation.npz"
         index_sha256 = write_index(settings.evaluation_sets, settings.evaluation_ngram, index)
     tasks = [
-        CleanTask(folder, number, partition, split, settings, limit, index, index_sha256, request)
+        CleanTask(
+            folder, number, partition, split, settings, limit, index, index_sha256, request, max_bad_share
+        )
         for number, (partition, limit) in enumerate(zip(partitions, limits, strict=True))
     ]
     pool.run(tasks, listener)
@@ -303,7 +329,7 @@ def _require_some(tasks: Sequence[CleanTask], fates: Sequence[np.ndarray]) -> No
         raise UserError(f"cleaning left none of {documents} documents: {rules}")
 
 
-def cleaning_is_finished(folder: Path, partitions: int, request: str) -> bool:
+def cleaning_is_finished(folder: Path, partitions: int, request: str, quarantined: bool) -> bool:
     """Whether every shard and record of this request is there and intact, so that no pass is needed."""
     for number in range(partitions):
         record = read_record(record_path(folder, number), request)
@@ -311,6 +337,8 @@ def cleaning_is_finished(folder: Path, partitions: int, request: str) -> bool:
             return False
         facts = {"request": request, "record_sha256": record["sha256"]}
         if any(finished_shard(folder, split, number, facts) is None for split in SPLITS):
+            return False
+        if quarantined and not quarantine_intact(folder, number):
             return False
     return True
 

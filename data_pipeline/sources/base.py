@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from spikescale.errors import UserError
+
+EXCERPT_BYTES = 200  # of a bad record, that are shown
+
 
 class Document(NamedTuple):
     """One text, and the place it came from (file and line or row) for messages.
@@ -87,6 +91,9 @@ class ReadOptions:
         partition_bytes: about how many stored bytes make a partition.
         metadata_keys: keys (jsonl) or columns (parquet) that become the documents' metadata, where a record
             has them; `source` stands for the source's name in records that have no such key.
+        bad_records: `refuse` a record that cannot be read, or give it as a document with a `fault`.
+        max_record_bytes: a longer record (JSON line, line, text file or piece of one, parquet value) is a
+            bad one; None: none is too long.
     """
 
     format: str | None = None
@@ -96,10 +103,35 @@ class ReadOptions:
     invalid_bytes: str = "refuse"
     partition_bytes: int = 32 << 20
     metadata_keys: tuple[str, ...] = ()
+    bad_records: str = "refuse"
+    max_record_bytes: int | None = None
 
     def described(self) -> dict[str, Any]:
-        """The options as plain JSON; keys of metadata only where there are any."""
-        described = {**vars(self), "metadata_keys": list(self.metadata_keys)}
-        if not self.metadata_keys:
-            del described["metadata_keys"]
-        return described
+        """The options as plain JSON; what is newer only where it is not the default."""
+        newer = {"metadata_keys": (), "bad_records": "refuse", "max_record_bytes": None}
+        options = {name: value for name, value in vars(self).items() if newer.get(name, self) != value}
+        if self.metadata_keys:
+            options["metadata_keys"] = list(self.metadata_keys)
+        return options
+
+
+def bad_record(
+    options: ReadOptions, place: object, kind: str, reason: str, excerpt: bytes, **facts: int
+) -> Document:
+    """The document that stands for a record that cannot be read, when `options` say to quarantine it.
+
+    Args:
+        place: where it is, for messages.
+        kind: encoding, json, schema, surrogate, too-long, truncated or damaged.
+        reason: what is wrong with it.
+        excerpt: how it begins.
+        facts: `offset` (bytes) and `line`, or `row`; `records`, when it stands for more than one.
+
+    Raises UserError when they say to refuse it.
+    """
+    if options.bad_records == "refuse":
+        raise UserError(f"{place}: {reason}")
+    described = {"kind": kind, **{name: str(value) for name, value in facts.items()}}
+    # Bytes that are not UTF-8 are escaped, so that any record can be written down.
+    described["excerpt"] = excerpt[:EXCERPT_BYTES].decode("utf-8", "backslashreplace")
+    return Document("", str(place), tuple(described.items()), reason)

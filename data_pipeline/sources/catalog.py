@@ -19,6 +19,7 @@ from spikescale.data_pipeline.sources.base import ReadOptions, Source, SourceInf
 from spikescale.data_pipeline.sources.fetch import Package, fetch
 from spikescale.data_pipeline.sources.files import LOCAL_FILES, FilesSource
 from spikescale.data_pipeline.sources.hub import HubData, HubSource
+from spikescale.data_pipeline.storage import is_url
 from spikescale.errors import UserError
 
 ENTRY_POINT_GROUP = "spikescale.sources"
@@ -129,7 +130,7 @@ def _open_entry(name: str, entry: Entry, folder: Path, given: dict[str, Any]) ->
         return FilesSource(name, [extracted], options, content_id=identity)
     if entry.files is not None:
         paths = [entry.files] if isinstance(entry.files, str) else entry.files
-        return FilesSource(name, [folder / path for path in paths], options)
+        return FilesSource(name, [path if is_url(path) else folder / path for path in paths], options)
     assert entry.hub is not None
     parts: list[tuple[str, str | None]] = [(entry.split, None)]
     if entry.splits is not None:

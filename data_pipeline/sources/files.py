@@ -1,4 +1,4 @@
-"""Local files as a source: a file, a glob or a folder, cut into partitions of a chosen size."""
+"""Files as a source, local or by URL: a file, a glob or a folder, cut into partitions of a chosen size."""
 
 import glob
 import itertools
@@ -17,7 +17,13 @@ from spikescale.data_pipeline.sources.readers import (
     read_text,
     with_source,
 )
-from spikescale.data_pipeline.sources.streams import COMPRESSED_SUFFIXES, is_compressed
+from spikescale.data_pipeline.sources.streams import (
+    COMPRESSED_SUFFIXES,
+    DamagedInputError,
+    FilePath,
+    is_compressed,
+)
+from spikescale.data_pipeline.storage import is_url, list_files, local_path, shown
 from spikescale.errors import UserError
 from spikescale.files import sha256_text
 
@@ -29,7 +35,7 @@ READERS = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
 class Piece:
     """A file, or the byte range (text, jsonl) or row-group range (parquet) [start, stop) of one."""
 
-    path: Path
+    path: FilePath
     name: str
     format: str
     size_bytes: int
@@ -73,12 +79,12 @@ class FilePartition:
         keys = self.options.metadata_keys
         for piece in self.pieces:
             documents = READERS[piece.format](piece.path, self.options, piece.start, piece.stop)
-            if "source" not in keys:
-                yield from documents
-                continue
             name = self.source or piece.source
             for document in documents:
-                yield with_source(document, keys, name)
+                if document.fault:
+                    yield document._replace(metadata=(("file", piece.name), *document.metadata))
+                else:
+                    yield with_source(document, keys, name)
 
 
 class FilesSource:
@@ -86,11 +92,12 @@ class FilesSource:
 
     Args:
         name: how the source is called in manifests.
-        paths: files, globs (`**` allowed) and folders (searched recursively for known suffixes).
+        paths: files, globs (`**` allowed) and folders (searched recursively for known suffixes), or URLs
+            of such.
         options: how files become documents.
         split: the split all of it belongs to, or None.
         content_id: identifies the content where the files are known by a checksum; otherwise names,
-            sizes and modification times do.
+            sizes and modification times (entity tags) do.
     """
 
     def __init__(
@@ -110,7 +117,7 @@ class FilesSource:
     def identity(self) -> dict[str, Any]:
         """Reading options and a digest of the files' names, sizes and times (or the given identity)."""
         if self._content_id is None:
-            stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in self._files]
+            stats = [(name, _size(path), _version(path)) for path, name in self._files]
             content = sha256_text(repr(stats))
         else:
             content = self._content_id
@@ -139,16 +146,21 @@ class FilesSource:
         name = None if self.name == LOCAL_FILES else self.name
         return FilePartition(tuple(group), self.options, self.split, name)
 
-    def _pieces(self, path: Path, name: str) -> list[Piece]:
+    def _pieces(self, path: FilePath, name: str) -> list[Piece]:
         kind = self.options.format or format_of(path)
         if kind is None:
             allowed = ", ".join(sorted(FORMATS))
             raise UserError(f"{path}: cannot tell the format by its name; use --format, or one of {allowed}")
-        size = path.stat().st_size
+        size = _size(path)
         count = -(-size // self.options.partition_bytes)
         if count > 1 and not is_compressed(path):
             if kind == "parquet":
-                return self._row_group_pieces(path, name)
+                try:
+                    return self._row_group_pieces(path, name)
+                except DamagedInputError:
+                    if self.options.bad_records == "refuse":
+                        raise
+                    return [Piece(path, name, kind, size)]
             if kind == "jsonl" or self.options.split_on == "line":
                 bounds = [size * number // count for number in range(count + 1)]
                 return [
@@ -156,7 +168,7 @@ class FilesSource:
                 ]
         return [Piece(path, name, kind, size)]
 
-    def _row_group_pieces(self, path: Path, name: str) -> list[Piece]:
+    def _row_group_pieces(self, path: FilePath, name: str) -> list[Piece]:
         metadata = open_parquet(path).metadata
         pieces, start, size = list[Piece](), 0, 0
         for group in range(metadata.num_row_groups):
@@ -168,8 +180,19 @@ class FilesSource:
         return pieces
 
 
-def expand_path(text: str, options: ReadOptions) -> list[tuple[Path, str]]:
-    """The files that a path, glob or folder stands for, each with a name relative to what was given."""
+def _size(path: FilePath) -> int:
+    return path.stat().st_size if isinstance(path, Path) else path.size
+
+
+def _version(path: FilePath) -> int | str:
+    return path.stat().st_mtime_ns if isinstance(path, Path) else path.version
+
+
+def expand_path(text: str, options: ReadOptions) -> Sequence[tuple[FilePath, str]]:
+    """The files that a path, glob, folder or URL stands for, each with a name relative to what was given."""
+    if is_url(text):
+        local = local_path(text)
+        return _expand_url(text, options) if local is None else expand_path(str(local), options)
     path = Path(text)
     if path.is_file():
         return [(path.absolute(), path.name)]
@@ -192,3 +215,13 @@ def expand_path(text: str, options: ReadOptions) -> list[tuple[Path, str]]:
     if not matches:
         raise UserError(f"{text}: no such file or folder, and no file matches it as a pattern")
     return [(match.absolute(), match.name) for match in matches]
+
+
+def _expand_url(url: str, options: ReadOptions) -> Sequence[tuple[FilePath, str]]:
+    found = list_files(url)
+    folder = len(found) > 1 or found[0][0].url.rstrip("/") != url.rstrip("/")
+    if folder and "*" not in url:
+        found = [(file, name) for file, name in found if options.format or format_of(file)]
+        if not found:
+            raise UserError(f"{shown(url)}: no file ending in {', '.join(sorted(FORMATS))}")
+    return found

@@ -123,6 +123,25 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="bytes that are not in the encoding (default: refuse)",
     )
     reading.add_argument(
+        "--bad-records",
+        choices=("refuse", "quarantine"),
+        default="refuse",
+        help="stop at a record that cannot be read, or leave it out and write it down in quarantine-*.jsonl",
+    )
+    reading.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more than this share of a partition's or of all records is bad, 0 to 1",
+    )
+    reading.add_argument(
+        "--max-record-mib",
+        type=float,
+        metavar="MIB",
+        help="a longer record is a bad one (default: 64 with --bad-records quarantine, else no limit)",
+    )
+    reading.add_argument(
         "--partition-mib", type=float, metavar="MIB", help="stored mebibytes that make a shard (default: 32)"
     )
     reading.add_argument(
@@ -206,6 +225,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from spikescale.data_pipeline.prepare import PrepareSettings, prepare
+    from spikescale.data_pipeline.quarantine import describe_quarantine
     from spikescale.data_pipeline.sources import open_source
     from spikescale.data_pipeline.split import SplitSettings
     from spikescale.data_pipeline.tokenizers import parse_spec
@@ -232,6 +252,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         ray=not arguments.no_ray,
         ray_address=arguments.ray_address,
         clean=cleaning_settings(arguments),
+        bad_records=arguments.bad_records,
+        max_bad_share=arguments.max_bad_share,
         overwrite=arguments.overwrite,
         quiet=arguments.quiet,
     )
@@ -247,9 +269,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
         if arguments.partition_mib <= 0:
             raise UserError(f"--partition-mib {arguments.partition_mib}: must be positive")
         given["partition_bytes"] = max(1, int(arguments.partition_mib * (1 << 20)))
+    longest = arguments.max_record_mib
+    if arguments.bad_records == "quarantine":
+        given["bad_records"] = arguments.bad_records
+        longest = 64.0 if longest is None else longest
+    if longest is not None:
+        if longest <= 0:
+            raise UserError(f"--max-record-mib {longest}: must be positive")
+        given["max_record_bytes"] = max(1, int(longest * (1 << 20)))
     source = open_source(arguments.source, catalogs=arguments.catalog, **given)
     manifest = prepare(source, arguments.output, settings)
     print(_table(manifest))
+    if line := describe_quarantine(arguments.output):
+        print(line)
     seconds = time.monotonic() - began
     print(f"{arguments.output}: complete after {seconds:.1f} s, data set {manifest.sha256[:12]}")
     return 0
@@ -258,6 +290,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from spikescale.data_pipeline.inspect import draw_document_lengths, sample_documents
     from spikescale.data_pipeline.manifest import load_manifest
+    from spikescale.data_pipeline.quarantine import describe_quarantine
 
     manifest = load_manifest(arguments.folder, verify=arguments.verify)
     tokenizer = manifest.tokenizer
@@ -267,6 +300,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     print(f"tokenizer {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eos_id}")
     print(_table(manifest))
+    if line := describe_quarantine(arguments.folder):
+        print(line)
     for split, number, text in sample_documents(manifest, arguments.samples):
         shown = text[: arguments.characters]
         more = f" ... ({len(text):,} characters)" if len(text) > len(shown) else ""
