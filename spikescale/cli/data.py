@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spikescale.cli import data_collect
+from spikescale.cli import data_collect, data_compression, data_questions
 from spikescale.cli.data_clean import add_cleaning_arguments, cleaning_settings
 from spikescale.errors import UserError
 
@@ -20,6 +20,8 @@ PREPARE_EXAMPLES = """examples:
 # Actions with a module of their own.
 FURTHER: dict[str, tuple[Any, str]] = {
     "collect": (data_collect, "fetch articles of Wikipedia as JSON lines"),
+    "questions": (data_questions, "make question-answer pairs out of articles"),
+    "compression": (data_compression, "compare tokenizers on a source, each learnt from its training split"),
 }
 
 

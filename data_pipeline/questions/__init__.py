@@ -1,0 +1,1 @@
+"""Question-answer pairs out of articles, for tuning a model on instructions."""
