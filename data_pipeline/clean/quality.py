@@ -19,8 +19,8 @@ _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
 _OUTER_PUNCTUATION = re.compile(r"^\W+|\W+$")
 _BULLETS = ("•", "‣", "◦", "·", "*", "-", "–")
 _ELLIPSES = ("...", "…")
-# Sentence ends of Latin, Arabic, Devanagari, CJK and Armenian text, closing marks included.
-TERMINAL = tuple(".!?…\"'”’»)]。！？」』؟۔।॥։")
+# Of Latin, Arabic, Devanagari, CJK and Armenian sentences, closing quotation marks included.
+TERMINAL = tuple(".!?…\"'”’。！？؟۔।॥։")
 
 
 def gopher_measures(text: str) -> Iterator[tuple[str, float]]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spikescale.cli import data_collect, data_compression, data_questions
+from spikescale.cli import data_collect, data_compression, data_questions, data_report
 from spikescale.cli.data_clean import add_cleaning_arguments, cleaning_settings
 from spikescale.errors import UserError
 
@@ -22,6 +22,7 @@ FURTHER: dict[str, tuple[Any, str]] = {
     "collect": (data_collect, "fetch articles of Wikipedia as JSON lines"),
     "questions": (data_questions, "make question-answer pairs out of articles"),
     "compression": (data_compression, "compare tokenizers on a source, each learnt from its training split"),
+    "report": (data_report, "an HTML page: what came in, and what was dropped by which rule"),
 }
 
 
