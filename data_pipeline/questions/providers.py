@@ -73,10 +73,13 @@ class LanguageModel:
         model: as the provider calls it.
         address: where the API is; None: the provider's own.
         manners: rate and patience.
+        temperature: of the sampling; None: left to the provider (some models take no other).
     """
 
-    def __init__(self, kind: str, model: str, address: str | None, manners: Manners) -> None:
-        self._kind, self._model = kind, model
+    def __init__(
+        self, kind: str, model: str, address: str | None, manners: Manners, temperature: float | None = None
+    ) -> None:
+        self._kind, self._model, self._temperature = kind, model, temperature
         self._address = (address or ADDRESSES[kind]).rstrip("/")
         parts = urlsplit(self._address)
         if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
@@ -95,13 +98,21 @@ class LanguageModel:
 
     def identity(self) -> dict[str, Any]:
         """See Provider."""
-        return {"provider": self._kind, "model": self._model, "task": TASK}
+        return {
+            "provider": self._kind,
+            "address": self._address,
+            "model": self._model,
+            "temperature": self._temperature,
+            "task": TASK,
+        }
 
     def ask(self, title: str, section: str, count: int) -> list[Pair]:
         """See Provider."""
         task = TASK.format(count=count)
         section = f"Article: {title}\n\n{section}"
-        common: dict[str, Any] = {"model": self._model, "temperature": 0}
+        common: dict[str, Any] = {"model": self._model}
+        if self._temperature is not None:
+            common["temperature"] = self._temperature
         if self._kind == "anthropic":
             messages = [{"role": "user", "content": section}]
             body = {**common, "max_tokens": ANSWER_TOKENS, "system": task, "messages": messages}
@@ -112,15 +123,21 @@ class LanguageModel:
         return parse_pairs(_text(lambda: reply["choices"][0]["message"]["content"]))
 
 
-def make_provider(name: str, model: str | None, address: str | None, manners: Manners) -> Provider:
+def make_provider(
+    name: str,
+    model: str | None,
+    address: str | None,
+    manners: Manners,
+    temperature: float | None = None,
+) -> Provider:
     """The provider of that name. Raises UserError for what it lacks."""
     if name == "extractive":
-        if model or address:
-            raise UserError("--provider extractive: takes neither --model nor --base-url")
+        if model or address or temperature is not None:
+            raise UserError("--provider extractive: takes no --model, --base-url or --temperature")
         return Extractive()
     if not model:
         raise UserError(f"--provider {name}: say which --model")
-    return LanguageModel(name, model, address, manners)
+    return LanguageModel(name, model, address, manners, temperature)
 
 
 def _text(part: Any) -> str:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--model", metavar="NAME", help="the language model (default: none)")
     add("--base-url", metavar="URL", help="of the API (default: the provider's own)")
+    add("--temperature", type=float, metavar="T", help="of the model's sampling (default: the provider's)")
     add("--requests-per-second", type=float, default=1.0, metavar="R", help="at most; one request at a time")
     add("--sections", type=int, default=5, metavar="N", help="that an article is cut into")
     add("--pairs", type=int, default=3, metavar="N", help="asked for of each section")
@@ -76,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         tokenizer = make_tokenizer(spec)
     manners = Manners(requests_per_second=arguments.requests_per_second, timeout=300.0)
-    provider = make_provider(arguments.provider, arguments.model, arguments.base_url, manners)
+    provider = make_provider(
+        arguments.provider, arguments.model, arguments.base_url, manners, arguments.temperature
+    )
 
     def say(line: str) -> None:
         if not arguments.quiet:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,45 @@ def test_the_result_does_not_depend_on_the_partitioning(
         assert ours == theirs
     with pytest.raises(UserError, match=r"holds data prepared otherwise \(tokenizer differ\)"):
         prepared_with(records, tmp_path / "one", parts=1, condition_dropout=0.5)
+
+
+def test_the_fast_path_of_the_tokenizer_inside_is_used(
+    tmp_path: Path, records: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastokens")
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    spec = str(tmp_path / "tokenizer.json")
+    slow = prepared_with(records, tmp_path / "slow", tokenizer=spec, fast="off")
+    used = 0
+    quick = HuggingFaceTokenizer._fast_arrays
+
+    def counted(self: HuggingFaceTokenizer, batch: Sequence[str]) -> list[np.ndarray]:
+        nonlocal used
+        used += len(batch)
+        return quick(self, batch)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "_fast_arrays", counted)
+    fast = prepared_with(records, tmp_path / "fast", tokenizer=spec, fast="require")
+    assert fast.sha256 == slow.sha256 and fast.tokenizer.kind == "tokenizer.json+conditions"
+    assert used > 400  # every document, and the comparison before
+    tokenizer = load_tokenizer(fast.tokenizer_folder)
+    (first, *_) = iterate_documents(fast, "train")
+    assert tokenizer.decode(first.tolist()) in texts
 
 
 def test_dropout_is_by_hash_and_independent_of_the_split() -> None:
