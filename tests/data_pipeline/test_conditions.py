@@ -71,6 +71,8 @@ def test_each_document_begins_with_the_ids_of_its_values(manifest: Manifest, tex
                 continue
             expected = [] if number == 5 else [ids[category(number)]]
             assert prefix == [*expected, 259 if number == 6 else 260]
+            decoder = tokenizer.stream_decoder()
+            assert "".join(map(decoder.push, document.tolist())) + decoder.finish() == text
     assert 70 < bare < 130  # of 400, a quarter
 
 

@@ -67,6 +67,12 @@ def test_counts_of_parts_add_up_and_rank_the_vocabulary(monkeypatch: pytest.Monk
     assert [tokenizer.token_bytes(number) for number in range(2)] == [b" na", b"tion"]
 
 
+def test_equally_common_syllables_rank_by_their_letters() -> None:
+    one = make_tokenizer("syllable:2", characters="x", syllables={"bb": 1, "aa": 1, "cc": 1})
+    two = make_tokenizer("syllable:2", characters="x", syllables={"cc": 1, "aa": 1, "bb": 1})
+    assert one.sha256 == two.sha256 and [one.token_bytes(0), one.token_bytes(1)] == [b"aa", b"bb"]
+
+
 def test_preparing_learns_the_same_syllables_however_the_corpus_is_cut(
     tmp_path: Path, jsonl: Path, texts: list[str]
 ) -> None:

@@ -31,7 +31,7 @@ heat:
   rank_by: views
 listed:
   count: 9
-  titles: [No such page, energies, Naïve art, Stub, "Bad[title"]
+  titles: [No such page, energies, Energy, Naïve art, Stub, "Bad[title"]
 """
 
 
@@ -82,7 +82,7 @@ def test_groups_are_ranked_filtered_and_written(
     assert found[0]["text"].startswith("Force\n\nEnergy is what") and found[0]["text"].endswith("Force.\n")
     assert "heat: 2 of 2 articles" in captured.out and "passed over: 1 disambiguation" in captured.out
     assert "listed: 2 of 9 articles" in captured.out
-    assert "passed over: 1 invalid, 1 missing, 1 too short" in captured.out
+    assert "passed over: 1 in listed already, 1 invalid, 1 missing, 1 too short" in captured.out
     assert "heat: category 'Nothing here' has no pages" in captured.err
     assert "listed: only 2 of 9 articles" in captured.err
     # "Too deep" lies below the depth asked for; Physics, met again below Heat, was not read again.
@@ -173,6 +173,12 @@ def test_a_journal_survives_a_cut_at_any_byte(tmp_path: Path) -> None:
         ends = [(whole / name).stat().st_size for name in ("journal.log", "records.jsonl")]
         journal.add("c", {"n": 3}, ({"text": "two"}, {"text": "three"}))
     log, records = ((whole / name).read_bytes() for name in ("journal.log", "records.jsonl"))
+    other = tmp_path / "other"
+    with open_journal(other, "records.jsonl", {"what": 1}) as journal:
+        journal.add("a", {"n": 1})
+        journal.add("b", {"n": 2}, ({"text": "one é"},))
+        journal.add("d", 0, ({"t": 1},))
+    other_log, other_records = ((other / name).read_bytes() for name in ("journal.log", "records.jsonl"))
     states = [(log[: ends[0]], records[:cut]) for cut in range(ends[1], len(records) + 1)]
     states += [(log[:cut], records) for cut in range(ends[0], len(log))]
     for number, (torn_log, torn_records) in enumerate(states):
@@ -183,9 +189,9 @@ def test_a_journal_survives_a_cut_at_any_byte(tmp_path: Path) -> None:
         (folder / "records.jsonl").write_bytes(torn_records)
         with open_journal(folder, "records.jsonl", {"what": 1}) as journal:
             assert "b" in journal and "c" not in journal and journal.result("b") == {"n": 2}
-            journal.add("c", {"n": 3}, ({"text": "two"}, {"text": "three"}))
-        assert (folder / "journal.log").read_bytes() == log
-        assert (folder / "records.jsonl").read_bytes() == records
+            journal.add("d", 0, ({"t": 1},))  # shorter than what was torn: nothing of it may stay
+        assert (folder / "journal.log").read_bytes() == other_log
+        assert (folder / "records.jsonl").read_bytes() == other_records
 
 
 def test_what_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
