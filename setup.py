@@ -30,6 +30,7 @@ def mapped_packages() -> tuple[list[str], dict[str, str]]:
 
 packages, package_dir = mapped_packages()
 GPU = ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"]
+S3 = ["s3fs>=2026.9,<2027"]
 
 setup(
     name="spikescale",
@@ -72,9 +73,13 @@ setup(
         "ftfy>=6.3,<7",
         "py3langid>=0.4,<0.5",
         "datasketch>=2.0,<2.1",
+        # Sources and data by URL (docs/storage.md).
+        "fsspec[http]>=2026.9,<2027",
     ],
     extras_require={
         "gpu": GPU,
+        "s3": S3,
+        "gcs": ["gcsfs>=2026.9,<2027"],  # the same version as fsspec; not run against a server
         # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
         "bench": [
             "transformers>=5.23,<5.24",  # GPT-2 and RWKV-4
@@ -84,6 +89,8 @@ setup(
         # Triton kernels are interpreted and compiled ahead of time in tests, without a GPU, beside fla's.
         "dev": [
             *GPU,
+            *S3,
+            "moto[server]>=5.2,<6",  # the S3 server of tests
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",
             "pytest-xdist>=3.8,<4",

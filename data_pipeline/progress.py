@@ -1,8 +1,9 @@
-"""Progress of preparation: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of preparation and transfer: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -107,3 +108,67 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TransferBar:
+    """Bytes that went through, of all threads: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, title: str, sizes: Mapping[str, int], quiet: bool) -> None:
+        self._title = title
+        self._sizes = sizes
+        self._total = sum(sizes.values())
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._bytes: dict[str, int] = {}
+        self._done = 0
+        self._last_line = time.monotonic()
+        self._rich: Any = None
+        self._row: Any = None
+
+    def __enter__(self) -> "TransferBar":
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            self._rich = Progress(*columns, console=Console(file=sys.stderr))
+            self._rich.start()
+            self._row = self._rich.add_task(self._title, total=self._total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+        elif kind is None:
+            self._say()
+
+    def restart(self, name: str) -> None:
+        """The file is read from its start."""
+        self._set(name, 0)
+
+    def advance(self, name: str, amount: int) -> None:
+        """So many more bytes of the file went through."""
+        self._set(name, self._bytes.get(name, 0) + amount)
+
+    def done(self, name: str) -> None:
+        """The file is there, and right."""
+        with self._lock:
+            self._done += 1
+        self._set(name, self._sizes[name])
+
+    def _set(self, name: str, amount: int) -> None:
+        with self._lock:
+            self._bytes[name] = amount
+            if self._rich is not None:
+                self._rich.update(self._row, completed=sum(self._bytes.values()))
+            elif time.monotonic() - self._last_line >= LINE_SECONDS:
+                self._last_line = time.monotonic()
+                self._say()
+
+    def _say(self) -> None:
+        if not self._quiet:
+            files = f"{self._done}/{len(self._sizes)} files"
+            state = f"{files}, {sum(self._bytes.values()):,} of {self._total:,} bytes"
+            print(f"{self._title}: {state}", file=sys.stderr, flush=True)

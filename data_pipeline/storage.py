@@ -31,8 +31,14 @@ VERSION_KEYS = (
     *("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created"),
 )
 
+CHECKSUM_ATTEMPTS = 3  # an object that differs so often in a row differs where it is stored
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+class DamagedObjectError(UserError):
+    """What is stored does not have the checksum that the storage keeps with it."""
 
 
 def is_url(text: str) -> bool:
@@ -93,6 +99,8 @@ def with_retries(what: str, action: Callable[[], Result]) -> Result:
             raise
         except Exception as error:
             reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
+            if type(error).__name__ == "FlexibleChecksumError" and attempt >= CHECKSUM_ATTEMPTS:
+                raise DamagedObjectError(f"{shown(what)}: its stored checksum differs ({reason})") from None
             permanent = _permanent(error)
             if permanent is not None:
                 raise UserError(f"{shown(what)}: {permanent} ({reason})") from None
@@ -107,6 +115,11 @@ def with_retries(what: str, action: Callable[[], Result]) -> Result:
 
 def _permanent(error: Exception) -> str | None:
     """Why trying again is of no use; None where it may be."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
+        # fsspec says so of every failure of a web server; its cause tells which it was.
+        assert isinstance(cause, Exception)
+        return _permanent(cause)
     if isinstance(error, FileNotFoundError):
         return "no such file or folder"
     if isinstance(error, PermissionError):
@@ -116,6 +129,8 @@ def _permanent(error: Exception) -> str | None:
     if isinstance(error, (ImportError, TypeError, ValueError, NotImplementedError)):
         return "cannot be used"
     status = getattr(error, "status", None)
+    if status in (404, 410):
+        return "no such file or folder"
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
         return f"the server answered {status}"
     return None
@@ -148,24 +163,28 @@ class RemoteFile:
         """As of a path."""
         return PurePosixPath(self.name).suffix
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
-        """A seekable reader of the bytes. Raises UserError when the file is another one by now."""
+    def open(self, mode: str = "rb", fresh: bool = False) -> io.BufferedReader:
+        """A seekable reader of the bytes. Raises UserError when the file is another one by now.
+
+        `fresh`: it was described just now, and need not be looked up again.
+        """
         if mode != "rb":
             raise ValueError(f"mode {mode!r}: a remote file is only read")
-        return io.BufferedReader(RangeReader(self), FIRST_RANGE)
+        return io.BufferedReader(RangeReader(self, fresh), FIRST_RANGE)
 
 
 class RangeReader(io.RawIOBase):
     """Reads a remote file in ranges, each tried again by itself: short after a jump, longer in a row."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: RemoteFile, fresh: bool) -> None:
         self._file = file
         self._filesystem, self._path = open_filesystem(file.url)
         self._position = 0
         self._block = b""
         self._block_start = 0
         self._length = FIRST_RANGE
-        self._check_version()
+        if not fresh:
+            self._check_version()
 
     def readable(self) -> bool:
         """Yes."""

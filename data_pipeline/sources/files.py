@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spikescale.data_pipeline.sources.base import Document, Partition, ReadOptions
-from spikescale.data_pipeline.sources.readers import (
-    FORMATS,
-    format_of,
-    open_parquet,
-    read_jsonl,
-    read_parquet,
-    read_text,
-    with_source,
-)
+from spikescale.data_pipeline.sources.parquet import open_parquet, read_parquet
+from spikescale.data_pipeline.sources.readers import FORMATS, format_of, read_jsonl, read_text
+from spikescale.data_pipeline.sources.records import with_source
 from spikescale.data_pipeline.sources.streams import (
     COMPRESSED_SUFFIXES,
     DamagedInputError,

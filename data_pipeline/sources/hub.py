@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spikescale.data_pipeline.sources.base import Document, Partition
-from spikescale.data_pipeline.sources.readers import cut_text, metadata_of, text_of, with_source
+from spikescale.data_pipeline.sources.readers import cut_text
+from spikescale.data_pipeline.sources.records import metadata_of, text_of, with_source
 from spikescale.errors import UserError
 
 Metadata = tuple[tuple[str, str], ...]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spikescale.cli import data_collect, data_compression, data_questions, data_report
+from spikescale.cli import data_collect, data_compression, data_questions, data_report, data_transfer
 from spikescale.cli.data_clean import add_cleaning_arguments, cleaning_settings
 from spikescale.errors import UserError
 
@@ -23,6 +23,8 @@ FURTHER: dict[str, tuple[Any, str]] = {
     "questions": (data_questions, "make question-answer pairs out of articles"),
     "compression": (data_compression, "compare tokenizers on a source, each learnt from its training split"),
     "report": (data_report, "an HTML page: what came in, and what was dropped by which rule"),
+    "push": (data_transfer.PUSH, "copy prepared data to a URL, and compare every checksum"),
+    "pull": (data_transfer.PULL, "copy prepared data from a URL, and compare every checksum"),
 }
 
 
@@ -74,8 +76,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--source",
         nargs="+",
         required=True,
-        metavar="NAME|PATH",
-        help="a name from `data list`, or files, globs, folders",
+        metavar="NAME|PATH|URL",
+        help="a name from `data list`, or files, globs, folders, or URLs of such",
     )
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the shards go")
     add(

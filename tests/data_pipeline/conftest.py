@@ -1,8 +1,9 @@
 """A small corpus and its preparation, shared by the tests of the data pipeline."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,35 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
         }
 
     return take
+
+
+@pytest.fixture(scope="session")
+def s3_proxy() -> Iterator[Any]:
+    """An S3 server behind a proxy that can be told to fail."""
+    from s3_server import Proxy, moto_server
+
+    with moto_server() as address:
+        proxy = Proxy(address)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+def s3(s3_proxy: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The proxy, found by the environment alone; its `bucket` is a new one."""
+    from spikescale.data_pipeline import storage
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-key-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    s3_proxy.plan = lambda method, path, headers: None
+    filesystem, _ = storage.open_filesystem("s3://any")
+    s3_proxy.bucket = f"bucket-{abs(hash(request.node.nodeid)):x}"
+    filesystem.mkdir(s3_proxy.bucket)
+    s3_proxy.filesystem = filesystem
+    s3_proxy.log.clear()
+    s3_proxy.done.clear()
+    yield s3_proxy
+    s3_proxy.plan = lambda method, path, headers: None
