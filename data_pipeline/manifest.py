@@ -18,6 +18,7 @@ from spikescale.errors import UserError
 from spikescale.files import read_json, sha256_file, write_json
 
 FILE = "manifest.json"
+REQUEST = "request.json"
 TOKENIZER_FOLDER = "tokenizer"
 VERSION = 1
 HINT = "run `spikescale data prepare --output {folder}` first"
@@ -83,13 +84,7 @@ class Manifest:
 
     def totals(self, split: str) -> Totals:
         """Sums over the shards of a split."""
-        shards = self.shards(split)
-        return Totals(
-            tokens=sum(shard.tokens for shard in shards),
-            documents=sum(shard.documents for shard in shards),
-            bytes=sum(shard.bytes for shard in shards),
-            characters=sum(shard.characters for shard in shards),
-        )
+        return total(self.shards(split))
 
     def shards(self, split: str) -> list[ShardInfo]:
         """The shards of a split. Raises UserError for a split that is unknown."""
@@ -130,6 +125,16 @@ class Manifest:
 
     def interrupt(self, on: bool) -> None:
         """Nothing waits for a data set that is complete."""
+
+
+def total(parts: Sequence[ShardInfo | Totals]) -> Totals:
+    """Sums over shards, or over sums."""
+    return Totals(
+        tokens=sum(part.tokens for part in parts),
+        documents=sum(part.documents for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        characters=sum(part.characters for part in parts),
+    )
 
 
 def live_identity(request: str) -> str:
@@ -250,9 +255,24 @@ def _parse(folder: Path, described: Mapping[str, Any]) -> Manifest:
             },
             partitions=described["partitions"],
             source=described["source"],
+            requests=_requests(folder, described["partitions"]),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged manifest ({error})") from None
+
+
+def _requests(folder: Path, partitions: int) -> tuple[tuple[str, int], ...]:
+    path = folder / REQUEST
+    if not path.exists():
+        return ()
+    request = read_json(path)
+    earlier = [(entry["sha256"], entry["partitions"]) for entry in request.get("extends", [])]
+    return (*earlier, (request_digest(request), partitions))
+
+
+def request_digest(request: Mapping[str, Any]) -> str:
+    """Digest of what a data set was made for, the content of its `request.json`."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _check_sizes(shard: ShardInfo, dtype: np.dtype) -> None:

@@ -4,13 +4,16 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from spikescale.data_pipeline import stages
 from spikescale.errors import UserError
 
 POLL_SECONDS = 0.5
 DEATHS = 4  # of workers over one task, before it is given up
+HOLD_SECONDS = 0.05  # between two questions whether the next task may begin
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +38,23 @@ class Listener(Protocol):
         ...
 
 
+class Supervisor:
+    """What a pool asks and tells while it works; this one lets everything pass."""
+
+    def admits(self, index: int) -> bool:
+        """Whether the task with this position may begin now; those after it wait with it."""
+        return True
+
+    def finished(self, index: int, result: Any, seconds: dict[str, float]) -> None:
+        """The task with this position has this result; `seconds` went to each stage (stages.py)."""
+
+
 class Pool(Protocol):
     """Runs tasks."""
 
-    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+    def run(
+        self, tasks: Sequence[Task], listener: Listener, supervisor: Supervisor | None = None
+    ) -> list[Any]:
         """Results in the order of the tasks. The first UserError of a task is raised here."""
         ...
 
@@ -46,12 +62,19 @@ class Pool(Protocol):
 class SerialPool:
     """Runs tasks one after another in this process."""
 
-    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+    def run(
+        self, tasks: Sequence[Task], listener: Listener, supervisor: Supervisor | None = None
+    ) -> list[Any]:
         """See Pool."""
+        supervisor = supervisor or Supervisor()
         results = []
         for index, task in enumerate(tasks):
+            while not supervisor.admits(index):
+                time.sleep(HOLD_SECONDS)
+            stages.take()
             results.append(task.run(listener.advance))
             listener.task_done(index)
+            supervisor.finished(index, results[-1], stages.take())
         return results
 
 
@@ -64,13 +87,14 @@ class Worker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._counts = [0, 0, 0]
 
-    def execute(self, task: Task) -> tuple[bool, Any, list[int]]:
-        """Whether it went well, the result (or the line of the UserError), and the progress so far."""
+    def execute(self, task: Task) -> tuple[bool, Any, list[int], dict[str, float]]:
+        """Whether it went well, the result (or the line of the UserError), progress, seconds a stage."""
+        stages.take()
         try:
-            return True, task.run(self._count), self._counts
+            return True, task.run(self._count), self._counts, stages.take()
         except UserError as error:
             # As a value: Ray wraps raised exceptions in a traceback of many lines.
-            return False, str(error), self._counts
+            return False, str(error), self._counts, stages.take()
 
     def progress(self) -> list[int]:
         """Documents, tokens and bytes since the actor started."""
@@ -92,7 +116,9 @@ class RayPool:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def run(self, tasks: Sequence[Task], listener: Listener) -> list[Any]:
+    def run(
+        self, tasks: Sequence[Task], listener: Listener, supervisor: Supervisor | None = None
+    ) -> list[Any]:
         """See Pool."""
         import ray
 
@@ -101,30 +127,37 @@ class RayPool:
         actor = ray.remote(Worker).options(num_cpus=1, max_restarts=0, max_task_retries=0, max_concurrency=2)
         workers = [actor.remote() for _ in range(min(self._workers, len(tasks)))]
         try:
-            return self._run(tasks, workers, actor.remote, listener)
+            return self._run(tasks, workers, actor.remote, listener, supervisor or Supervisor())
         finally:
             for worker in workers:
                 ray.kill(worker)
 
     def _run(
-        self, tasks: Sequence[Task], workers: list[Any], new_worker: Callable[[], Any], listener: Listener
+        self,
+        tasks: Sequence[Task],
+        workers: list[Any],
+        new_worker: Callable[[], Any],
+        listener: Listener,
+        supervisor: Supervisor,
     ) -> list[Any]:
         import ray
 
         results: list[Any] = [None] * len(tasks)
         seen = [[0, 0, 0] for _ in workers]
-        waiting = iter(enumerate(tasks))
+        waiting = deque(enumerate(tasks))
+        idle = deque(range(len(workers)))
         running: dict[Any, tuple[int, int]] = {}
         asked: dict[Any, int] = {}
         deaths = [0] * len(tasks)
 
-        def submit(position: int) -> None:
-            index, task = next(waiting, (-1, None))
-            if task is None:
-                # Nothing is left for it: its core may be what a worker of a lost node is waiting for.
-                ray.kill(workers[position])
-            else:
+        def submit() -> None:
+            while waiting and idle and supervisor.admits(waiting[0][0]):
+                index, task = waiting.popleft()
+                position = idle.popleft()
                 running[workers[position].execute.remote(task)] = (index, position)
+            while not waiting and idle:
+                # Nothing is left for it: its core may be what a worker of a lost node is waiting for.
+                ray.kill(workers[idle.popleft()])
 
         def advance(position: int, counts: list[int]) -> None:
             # A new worker counts from zero again; what it repeats is not reported twice.
@@ -132,14 +165,17 @@ class RayPool:
             seen[position] = [max(new, old) for new, old in zip(counts, seen[position], strict=True)]
             listener.advance(*steps)
 
-        for position in range(len(workers)):
-            submit(position)
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+        while waiting or running:
+            submit()
+            if not running:
+                time.sleep(HOLD_SECONDS)
+                continue
+            patience = HOLD_SECONDS if waiting and idle else POLL_SECONDS
+            done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
             for reference in done:
                 index, position = running.pop(reference)
                 try:
-                    well, result, counts = ray.get(reference)
+                    well, result, counts, seconds = ray.get(reference)
                 except ray.exceptions.RayActorError as error:
                     deaths[index] += 1
                     reason = " ".join(str(error).split())[:200]
@@ -157,8 +193,9 @@ class RayPool:
                     raise UserError(result)
                 advance(position, counts)
                 results[index] = result
+                idle.append(position)
                 listener.task_done(index)
-                submit(position)
+                supervisor.finished(index, result, seconds)
             if not done:
                 answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
                 for reference in answered:

@@ -20,12 +20,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.clean.record import FOLDER as CLEAN
 from spikescale.data_pipeline.clean.unknown import UnknownLimit
 from spikescale.data_pipeline.clean.work import clean_corpus, cleaning_is_finished, remove_work, work_folder
+from spikescale.data_pipeline.live import FAILED, HEAD, LOG
 from spikescale.data_pipeline.manifest import FILE as MANIFEST
-from spikescale.data_pipeline.manifest import TOKENIZER_FOLDER, Manifest, load_manifest, write_manifest
+from spikescale.data_pipeline.manifest import (
+    REQUEST,
+    TOKENIZER_FOLDER,
+    Manifest,
+    load_manifest,
+    request_digest,
+    write_manifest,
+)
 from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
 from spikescale.data_pipeline.progress import Progress
 from spikescale.data_pipeline.quarantine import PATTERN, SUMMARY, SoundPartition, summarise
@@ -40,7 +50,6 @@ from spikescale.data_pipeline.tokenizers.huggingface import Fast, HuggingFaceTok
 from spikescale.errors import UserError
 from spikescale.files import read_json, room_needed, sweep_temporaries, write_json
 
-REQUEST = "request.json"
 CHECK_DOCUMENTS = 64  # of the corpus, on which the fast path is compared with HF
 CHECK_CHARACTERS = 500_000
 
@@ -93,6 +102,69 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
     UserError for malformed input, for a folder with other content, and for a split left without
     documents.
     """
+    with opened_job(source, output, settings) as job:
+        if job.made:
+            return load_manifest(job.folder, verify="size")
+        with _progress("preparing", job.partitions, settings) as progress:
+            shards = list(itertools.chain.from_iterable(job.pool.run(job.tasks, progress)))
+        job.finish(shards)
+    return load_manifest(job.folder, verify="size")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preparation that holds its folder and is ready to make shards.
+
+    Attributes:
+        folder: where. source: the source's name.
+        partitions: the parts of the source. tasks: one for each, in the same order.
+        tokenizer: made or loaded, and saved in the folder.
+        request: digest of all that the result depends on.
+        pool: where the tasks can be run.
+        settings: those that were asked for.
+        made: the whole data set is there already, and there are no tasks.
+    """
+
+    folder: Path
+    source: str
+    partitions: list[Partition]
+    tasks: list[ShardTask]
+    tokenizer: Tokenizer
+    request: str
+    pool: Pool
+    settings: PrepareSettings
+    made: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token files."""
+        return dtype_for(self.tokenizer.vocab_size)
+
+    def complete(self) -> bool:
+        """Whether all is made already, manifest and files; sizes are compared, checksums are not."""
+        if self.made:
+            return True
+        if not (self.folder / MANIFEST).exists():
+            return False
+        manifest = load_manifest(self.folder, verify="size")
+        return manifest.requests[-1:] == ((self.request, len(self.partitions)),)
+
+    def finish(self, shards: Sequence[ShardInfo]) -> None:
+        """Write the manifest over all shards.
+
+        Raises UserError for a split left without documents, and for too many bad records.
+        """
+        if self.settings.bad_records == "quarantine":
+            summarise(self.folder, len(self.partitions), self.settings.max_bad_share)
+        _require_documents(shards, self.partitions, self.settings.split)
+        write_manifest(self.folder, self.tokenizer, self.dtype, shards, len(self.partitions), self.source)
+        if self.settings.clean.active:
+            remove_work(self.folder)
+
+
+@contextlib.contextmanager
+def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Iterator[Job]:
+    """Everything before the first shard: claim the folder, start the workers, make the tokenizer."""
     spec = parse_spec(settings.tokenizer)
     if settings.workers < 1:
         raise UserError(f"workers = {settings.workers}: must be at least 1")
@@ -111,11 +183,15 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
     with _locked(output), room_needed(output):
         _claim(output, request, settings.overwrite)
         limits = _limits(len(partitions), settings.limit_documents)
-        digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        digest = request_digest(request)
         complete = settings.clean.active and (output / MANIFEST).exists()
         if complete and cleaning_is_finished(output, len(partitions), digest, max_bad_share is not None):
             remove_work(output)
-            return load_manifest(output, verify="size")
+            tokenizer = load_tokenizer(output / TOKENIZER_FOLDER)
+            yield Job(
+                output, source.name, partitions, [], tokenizer, digest, SerialPool(), settings, made=True
+            )
+            return
         with _pool(settings, len(partitions)) as pool:
             if settings.clean.active:
                 with _progress("cleaning", partitions, settings) as progress:
@@ -149,17 +225,7 @@ def prepare(source: Source, output: Path, settings: PrepareSettings) -> Manifest
                 )
                 for number, (partition, limit) in enumerate(zip(partitions, limits, strict=True))
             ]
-            with _progress("preparing", partitions, settings) as progress:
-                shards = list(itertools.chain.from_iterable(pool.run(tasks, progress)))
-        if max_bad_share is not None:
-            summarise(output, len(partitions), max_bad_share)
-        _require_documents(shards, partitions, settings.split)
-        write_manifest(
-            output, tokenizer, dtype_for(tokenizer.vocab_size), shards, len(partitions), source.name
-        )
-        if settings.clean.active:
-            remove_work(output)
-    return load_manifest(output, verify="size")
+            yield Job(output, source.name, partitions, tasks, tokenizer, digest, pool, settings)
 
 
 def _request(source: Source, partitions: Sequence[Partition], settings: PrepareSettings) -> dict[str, Any]:
@@ -199,7 +265,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> None:
     """Make sure that the folder is empty or holds this very request's work."""
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".tmp-")]
+    ours = {HEAD, FAILED, LOG}
+    entries = [
+        entry for entry in folder.iterdir() if not entry.name.startswith(".tmp-") and entry.name not in ours
+    ]
     if entries:
         path = folder / REQUEST
         if not path.exists():
@@ -226,6 +295,7 @@ def _clear(folder: Path) -> None:
     # The manifest first: without it nothing takes the folder for complete; the request last, so that
     # a kill in between leaves a folder that is still known for ours.
     (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / HEAD).unlink(missing_ok=True)
     shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
     shutil.rmtree(folder / CLEAN, ignore_errors=True)
     for split in SPLITS:

@@ -2,17 +2,20 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from spikescale.data_pipeline.loader import Loader
-from spikescale.data_pipeline.manifest import Manifest
 from spikescale.data_pipeline.order import EpochOrder
 from spikescale.data_pipeline.shards import ShardInfo
 from spikescale.data_pipeline.tokens import iterate_documents, open_tokens, split_tokens
 from spikescale.errors import UserError
+
+if TYPE_CHECKING:
+    from spikescale.data_pipeline.live import LiveDataset
+    from spikescale.data_pipeline.manifest import Manifest
 
 __all__ = ["Loader", "TokenStream", "iterate_documents", "split_tokens"]
 
@@ -42,7 +45,12 @@ class TokenStream:
     """
 
     def __init__(
-        self, manifest: Manifest, split: str, context_length: int, seed: int = 0, shuffle_window: int = 8
+        self,
+        manifest: "Manifest | LiveDataset",
+        split: str,
+        context_length: int,
+        seed: int = 0,
+        shuffle_window: int = 8,
     ) -> None:
         for name, value, least in (
             ("context_length", context_length, 1),

@@ -20,6 +20,7 @@ from spikescale.data_pipeline.quarantine import Quarantine, SoundPartition, quar
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
 from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
+from spikescale.data_pipeline.stages import stage, timed
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
@@ -199,7 +200,8 @@ class ShardTask:
                 self._write(recording, tokenizer, writers, report, record, unknown)
                 facts["record_sha256"] = record.write(record_path(self.folder, self.number))
                 facts.update(cleaned.quarantined())
-            return [writers[split].finish(**facts) for split in SPLITS]
+            with stage("writing"):
+                return [writers[split].finish(**facts) for split in SPLITS]
         finally:
             quarantine.abandon()
             for writer in writers.values():
@@ -216,7 +218,7 @@ class ShardTask:
     ) -> None:
         batch: list[Placed] = []
         characters = 0
-        for document in placed_documents(partition, self.settings, self.limit):
+        for document in timed("reading", placed_documents(partition, self.settings, self.limit)):
             batch.append(document)
             characters += len(document.text)
             if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
@@ -234,7 +236,8 @@ def _write_batch(
     unknown: UnknownLimit | None,
 ) -> None:
     tokens = 0
-    encoded = tokenizer.encode_arrays([document.text for document in batch])
+    with stage("tokenising"):
+        encoded = tokenizer.encode_arrays([document.text for document in batch])
     if unknown is not None and record is not None:
         known = [
             not unknown.drops(ids, document, record) for document, ids in zip(batch, encoded, strict=True)
@@ -246,11 +249,12 @@ def _write_batch(
             np.concatenate([np.array(tokenizer.prefix(document.metadata, document.digest), np.int64), ids])
             for document, ids in zip(batch, encoded, strict=True)
         ]
-    for document, ids in zip(batch, encoded, strict=True):
-        if record is not None:
-            record.written(len(document.text))
-        writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
-        tokens += len(ids) + 1
+    with stage("writing"):
+        for document, ids in zip(batch, encoded, strict=True):
+            if record is not None:
+                record.written(len(document.text))
+            writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
+            tokens += len(ids) + 1
     report(len(batch), tokens, sum(document.size_bytes for document in batch))
 
 

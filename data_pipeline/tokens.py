@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spikescale.data_pipeline.manifest import Manifest
 from spikescale.data_pipeline.shards import ShardInfo, document_lengths
 from spikescale.errors import UserError
+
+if TYPE_CHECKING:
+    from spikescale.data_pipeline.live import LiveDataset
 
 
 def open_tokens(shard: ShardInfo, dtype: np.dtype) -> np.memmap:
@@ -30,7 +34,7 @@ def open_tokens(shard: ShardInfo, dtype: np.dtype) -> np.memmap:
 class SplitTokens:
     """A split as one sequence of token ids, over its shards in number order."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifest: "Manifest | LiveDataset", split: str) -> None:
         self._dtype = manifest.dtype
         self._shards = manifest.shards(split)
         self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
@@ -54,7 +58,7 @@ class SplitTokens:
         return np.concatenate(parts)
 
 
-def split_tokens(manifest: Manifest, split: str) -> SplitTokens:
+def split_tokens(manifest: "Manifest | LiveDataset", split: str) -> SplitTokens:
     """One contiguous sequence over the split's shards in number order, with `len()` and slicing."""
     return SplitTokens(manifest, split)
 

@@ -71,6 +71,37 @@ class SourceConfig(Strict):
         return self.name or self.path.name
 
 
+class StreamConfig(Strict):
+    """Text that is tokenised while the run trains on it; see `spikescale data prepare` for the meanings."""
+
+    source: tuple[str, ...]  # a name, or files, globs, folders
+    catalogs: tuple[Path, ...] = ()
+    tokenizer: str = "byte"
+    eos: str | None = None
+    workers: Positive = 1  # processes that tokenise
+    ray: Literal["local", "cluster", "none"] = "local"  # a fresh Ray, a running one, or one plain process
+    ray_address: str | None = None  # of the running cluster: auto, host:port or ray://host:port
+    look_ahead_shards: Positive = 16  # made beyond those that are being read
+    look_ahead_mib: Positive = 4096  # of their token files
+    text_key: str | None = None
+    split_on: str | None = None
+    format: Literal["text", "jsonl", "parquet"] | None = None
+    encoding: str | None = None
+    partition_mib: Annotated[float, Field(gt=0)] | None = None
+    limit_documents: Positive | None = None
+    valid_fraction: Fraction = 0.05
+    test_fraction: Fraction = 0.05
+    tokenizer_sample_mchars: Annotated[float, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _cluster_has_an_address(self) -> "StreamConfig":
+        if not self.source:
+            raise ValueError("data.stream.source is empty: name a source, or files")
+        if (self.ray == "cluster") != (self.ray_address is not None):
+            raise ValueError("data.stream.ray_address goes with data.stream.ray = cluster, and only with it")
+        return self
+
+
 class CurriculumStage(Strict):
     """Steps in which samples are cut into shorter ones."""
 
@@ -82,6 +113,8 @@ class DataConfig(Strict):
     """Prepared data and the order in which it is read: one data set (path), or a mixture (sources)."""
 
     path: Path | None = None
+    mode: Literal["prepared", "streaming"] = "prepared"  # streaming: `stream` is prepared in path meanwhile
+    stream: StreamConfig | None = None
     sources: tuple[SourceConfig, ...] = ()
     curriculum: tuple[CurriculumStage, ...] = ()  # after its last stage: model.context_length
     shuffle_window: Positive = 8  # shards whose samples are mixed with one another
@@ -94,6 +127,10 @@ class DataConfig(Strict):
             raise ValueError("data.path is missing (or data.sources, for a mixture)")
         if self.path is not None and self.sources:
             raise ValueError("data.path and data.sources are both given: a mixture has no path of its own")
+        if self.mode == "streaming" and (self.path is None or self.stream is None):
+            raise ValueError("data.mode = streaming needs data.path (a folder to write to) and data.stream")
+        if self.mode == "prepared" and self.stream is not None:
+            raise ValueError("data.stream is given, but data.mode is prepared: set it to streaming")
         kinds = {(source.weight is not None, source.epochs is not None) for source in self.sources}
         if self.sources and kinds not in ({(True, False)}, {(False, True)}):
             raise ValueError("data.sources: give every source a weight, or every source its epochs")

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from spikescale.config import DataConfig
+from spikescale.config import DataConfig, RunConfig
 from spikescale.data_pipeline.blend import Blend, Ingredient
-from spikescale.data_pipeline.manifest import Manifest, TokenizerInfo, Totals, load_manifest
+from spikescale.data_pipeline.feeder import ProducerProcess
+from spikescale.data_pipeline.live import LiveDataset
+from spikescale.data_pipeline.manifest import Manifest, TokenizerInfo, Totals, load_manifest, total
+from spikescale.data_pipeline.producer import ProducerJob
 from spikescale.data_pipeline.stream import TokenStream
 from spikescale.errors import UserError
 
@@ -18,7 +21,7 @@ class Part:
     """One prepared data set. `weight`: its share of the tokens, relative to the other parts' weights."""
 
     name: str
-    manifest: Manifest
+    manifest: Manifest | LiveDataset
     weight: float
 
 
@@ -27,10 +30,19 @@ class Dataset:
     """The parts of the training data, of one tokenizer; a single one unless they are mixed."""
 
     parts: tuple[Part, ...]
+    producer: ProducerProcess | None = None  # on rank 0, while the data are being made
 
     @classmethod
-    def open(cls, config: DataConfig, verify: str) -> "Dataset":
-        """Read the manifests and check their files. Raises UserError."""
+    def open(
+        cls, config: DataConfig, verify: str, made: bool = True, producer: ProducerProcess | None = None
+    ) -> "Dataset":
+        """Read the manifests and check their files. Raises UserError.
+
+        made: False while the data are being made; their head must be there. producer: on rank 0, who does.
+        """
+        if config.path is not None and not made:
+            needs = producer.need if producer else lambda first, stop: None
+            return cls((Part(config.path.name, LiveDataset(config.path, needs), 1.0),), producer)
         if config.path is not None:
             return cls((Part(config.path.name, load_manifest(config.path, _mode(verify)), 1.0),))
         parts = []
@@ -42,6 +54,16 @@ class Dataset:
                 raise UserError(f"{source.path}: has no training tokens to make epochs of")
             parts.append(Part(source.label, manifest, weight))
         return cls(tuple(parts))
+
+    @property
+    def live(self) -> bool:
+        """Whether the data are still being made."""
+        return not self.parts[0].manifest.complete
+
+    def settled(self) -> "Dataset":
+        """The data as they are when they have been made. Raises UserError for files that are not whole."""
+        parts = [replace(part, manifest=load_manifest(part.manifest.folder, "size")) for part in self.parts]
+        return replace(self, parts=tuple(parts))
 
     @property
     def mixed(self) -> bool:
@@ -73,13 +95,7 @@ class Dataset:
 
     def totals(self, split: str) -> Totals:
         """Sums over the parts of a split."""
-        totals = [part.manifest.totals(split) for part in self.parts]
-        return Totals(
-            tokens=sum(total.tokens for total in totals),
-            documents=sum(total.documents for total in totals),
-            bytes=sum(total.bytes for total in totals),
-            characters=sum(total.characters for total in totals),
-        )
+        return total([part.manifest.totals(split) for part in self.parts])
 
     def shares(self, split: str) -> list[tuple[Part, float]]:
         """The parts that have tokens in a split, and the share of the training tokens that each makes."""
@@ -105,3 +121,35 @@ class Dataset:
 
 def _mode(verify: str) -> Literal["full", "size"]:
     return "full" if verify == "full" else "size"
+
+
+def producer_job(config: RunConfig) -> ProducerJob:
+    """What `data.stream` asks for, with the order in which this run reads it."""
+    data, stream = config.data, config.data.stream
+    assert stream is not None and data.path is not None  # the schema says so
+    names = ("text_key", "split_on", "format", "encoding")
+    options = {name: getattr(stream, name) for name in names if getattr(stream, name) is not None}
+    if stream.partition_mib is not None:
+        options["partition_bytes"] = max(1, int(stream.partition_mib * (1 << 20)))
+    split = {"valid_fraction": stream.valid_fraction, "test_fraction": stream.test_fraction}
+    return ProducerJob(
+        output=str(data.path.absolute()),
+        source=list(stream.source),
+        options=options,
+        catalogs=[str(path) for path in stream.catalogs],
+        settings={
+            "tokenizer": stream.tokenizer,
+            "eos": stream.eos,
+            "split": split,
+            "limit_documents": stream.limit_documents,
+            "tokenizer_sample_characters": int(stream.tokenizer_sample_mchars * 1_000_000),
+            "workers": 1 if stream.ray == "none" else stream.workers,
+            "ray": stream.ray != "none",
+            "ray_address": stream.ray_address,
+        },
+        seed=data.seed,
+        shuffle_window=data.shuffle_window,
+        valid_tokens=config.train.evaluate_tokens,
+        ahead_shards=stream.look_ahead_shards,
+        ahead_bytes=stream.look_ahead_mib << 20,
+    )

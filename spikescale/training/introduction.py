@@ -32,9 +32,13 @@ def introduce(run: "Pretraining") -> float:
     if layout.context > 1:
         part = model.context_length // layout.context
         say(f"sequences are divided over {layout.context} ranks, {part} tokens each")
+    planned = config.train.steps * run.tokens_per_step
     say(
-        f"data {run.data.folders}: {totals.tokens} tokens, {totals.documents} documents to train on,"
-        f" {config.train.steps * run.tokens_per_step / totals.tokens:.2f} epochs planned"
+        f"data {run.data.folders}: {planned} tokens of it planned, {run.data.parts[0].manifest.partitions}"
+        " shards that are made while they are read"
+        if run.data.live
+        else f"data {run.data.folders}: {totals.tokens} tokens, {totals.documents} documents to train on,"
+        f" {planned / totals.tokens:.2f} epochs planned"
     )
     if run.data.mixed:
         shares = (f"{part.name} {share:.2%}" for part, share in run.data.shares("train"))

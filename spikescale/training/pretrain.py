@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from spikescale.config import RunConfig, load_config
+from spikescale.data_pipeline.feeder import ProducerProcess
 from spikescale.errors import UserError
 from spikescale.faults.exits import DONE, INTERRUPTED, LOST, REQUEUE, RequeueError, is_lost_rank
 from spikescale.faults.guard import Guard
@@ -16,6 +17,7 @@ from spikescale.parallel import Layout
 from spikescale.training.agreement import (
     AgreedError,
     agreed,
+    from_main,
     only_run_in,
     say_agreed,
     say_error,
@@ -31,7 +33,7 @@ from spikescale.training.bootstrap import (
     set_threads,
 )
 from spikescale.training.checkpoint import is_write_failure, write_failure
-from spikescale.training.dataset import Dataset
+from spikescale.training.dataset import Dataset, producer_job
 from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_loss
 from spikescale.training.offload import require_offload
 from spikescale.training.run import Inputs, Pretraining
@@ -53,7 +55,32 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
     agreed(process, lambda: require_offload(config, process))
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"
-    data = agreed(process, lambda: Dataset.open(config.data, verify))
+    with contextlib.ExitStack() as held:
+        producer = _start_producer(config, process, held)
+        made = from_main(process, lambda: producer is None or producer.complete)
+        data = agreed(process, lambda: Dataset.open(config.data, verify, made, producer))
+        _pretrain_on(data, config, process, layout, guard)
+
+
+def _start_producer(
+    config: RunConfig, process: Process, held: contextlib.ExitStack
+) -> ProducerProcess | None:
+    """On rank 0, where data are made while they are read: whoever makes them, ready for the first step."""
+
+    def start() -> ProducerProcess | None:
+        if config.data.mode != "streaming" or not process.is_main:
+            return None
+        print(f"data {config.data.path}: starting to make it ...", flush=True)
+        producer = held.enter_context(ProducerProcess(producer_job(config)))
+        producer.wait_for_head()
+        return producer
+
+    return agreed(process, start)
+
+
+def _pretrain_on(
+    data: Dataset, config: RunConfig, process: Process, layout: Layout, guard: Guard | None
+) -> None:
     settled = agreed(process, lambda: _with_precision(_with_vocabulary(config, data), process))
     agreed(process, lambda: _require_clear_start(settled))
     if process.world_size == 1:

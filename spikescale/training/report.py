@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from spikescale.data_pipeline.manifest import Manifest
 from spikescale.evaluation.language_model import LanguageModelResult
 from spikescale.evaluation.ngram import trigram_baseline
 from spikescale.inference.sampling import SamplingSettings
 from spikescale.inference.text import complete
+from spikescale.training.agreement import agreed, from_main
+from spikescale.training.dataset import Dataset
 from spikescale.training.records import run_address
 
 if TYPE_CHECKING:
@@ -24,9 +27,21 @@ def sample_texts(run: "Pretraining") -> list[str]:
     return [prompt + text for text in texts]
 
 
+def settled(run: "Pretraining") -> Dataset:
+    """The data of the run: all of them if they have been made by now, else what there is to validate."""
+    if not run.data.live:
+        return run.data
+    producer = run.data.producer
+    if from_main(run.process, lambda: producer is not None and producer.complete):
+        return agreed(run.process, run.data.settled)
+    run.console.say("the data are not all made: the shards that validation had from the start are evaluated")
+    return run.data
+
+
 def final_report(run: "Pretraining") -> None:
     """Evaluate valid and test, and as much of train, then print the table and the samples."""
-    console, data, train = run.console, run.data, run.config.train
+    console, train = run.console, run.config.train
+    data = run.data = settled(run)
     sizes = {split: data.totals(split).tokens for split in ("train", "valid", "test")}
     limits = dict.fromkeys(sizes, train.final_evaluation_tokens)
     limits["train"] = min(limits["train"], sizes["test"] or sizes["valid"] or train.evaluate_tokens)
@@ -44,8 +59,9 @@ def final_report(run: "Pretraining") -> None:
         return
     judged = [split for split in results if split in ("valid", "test")]
     baseline: dict[str, float] = {}
-    if train.trigram_baseline and judged and not data.mixed:
-        baseline = trigram_baseline(data.parts[0].manifest, run.tokenizer, judged)
+    whole = data.parts[0].manifest
+    if train.trigram_baseline and judged and not data.mixed and isinstance(whole, Manifest):
+        baseline = trigram_baseline(whole, run.tokenizer, judged)
     rows = []
     for split, result in results.items():
         known = baseline.get(split)

@@ -53,6 +53,9 @@ from spikescale.training.schedule import learning_rate
 from spikescale.training.source_losses import SourceLosses
 from spikescale.training.validation import validate
 
+WAIT_SHARE = 0.01  # of the time spent waiting for data, from which on it is told who is slow
+WAIT_TOLD_SECONDS = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -151,6 +154,7 @@ class Pretraining:
             self.guard.begin(config.faults, self.process, config.folder, on_hang)
             self.peak = introduce(self)
             self.clock = StepClock(self.loader)
+            self.loader.on_wait = self._on_wait
             self.records.event("start", self.step, ranks=self.process.world_size)
             recovery.require_data(self)
             while self.step < config.train.steps:
@@ -309,12 +313,30 @@ class Pretraining:
         }
         if outcome.source_losses:
             record["source_losses"] = outcome.source_losses
+        self._tell_wait(speed.wait_share)
         self.console.log(record, (self.config.train.steps - self.step) * self.clock.seconds_per_step(speed))
         self.records.write(record)
         if self.step >= self.config.train.warmup_steps:
             for change in self.health.changes(health):
                 self.console.say(f"step {self.step}: {change.sentence}")
                 self.records.event(change.event, self.step, layer=change.layer, share=change.share)
+
+    def _tell_wait(self, share: float) -> None:
+        producer = self.data.producer
+        if producer is None:
+            return
+        slowest = producer.slowest()
+        if share > WAIT_SHARE:
+            made = f"{producer.done} of {producer.partitions} shards are made"
+            self.console.say(
+                f"step {self.step}: {share:.1%} of the time went to waiting for data: {made}; {slowest}"
+            )
+
+    def _on_wait(self, seconds: float) -> None:
+        # Waiting is no hang: what cannot come any more is told by the data set itself.
+        self.guard.beat()
+        if self.data.producer is not None and int(seconds) % WAIT_TOLD_SECONDS == 0:
+            self.console.say(f"step {self.step + 1}: waiting for data, {seconds:.0f} s so far")
 
     def evaluate(self, split: str, limit: int | None = None) -> dict[str, LanguageModelResult]:
         """Loss over a split of each data set, of about `limit` tokens in all; every rank calls it.
