@@ -18,7 +18,7 @@ def draw_flow(totals: CleaningTotals) -> bytes:
     names = ["read", *(stage.name for stage in totals.stages)]
     documents = [totals.stages[0].documents_in, *(stage.documents_out for stage in totals.stages)]
     characters = [totals.stages[0].characters_in, *(stage.characters_out for stage in totals.stages)]
-    return _two_panels(names, documents, characters, BLUE, "left after each stage")
+    return _two_panels(names, documents, characters, BLUE, "left")
 
 
 def draw_drops(totals: CleaningTotals) -> bytes | None:
@@ -29,8 +29,7 @@ def draw_drops(totals: CleaningTotals) -> bytes | None:
         return None
     shown = rules[:MOST_BARS]
     names = [rule for rule, _ in shown]
-    title = "dropped by each rule" + (f" (the {MOST_BARS} largest)" if len(rules) > MOST_BARS else "")
-    return _two_panels(names, [c[0] for _, c in shown], [c[1] for _, c in shown], RED, title)
+    return _two_panels(names, [c[0] for _, c in shown], [c[1] for _, c in shown], RED, "dropped")
 
 
 def draw_lengths(lengths: Mapping[str, Mapping[int, int]]) -> bytes | None:
@@ -72,8 +71,8 @@ def draw_clusters(clusters: Mapping[str, Any]) -> bytes | None:
     panel.plot([size for size, _ in sizes], [count for _, count in sizes], "o", color=BLUE, markersize=5)
     panel.vlines([size for size, _ in sizes], 0, [count for _, count in sizes], color=BLUE, linewidth=1)
     panel.set_xscale("log")
-    # Sizes and counts are whole numbers; a corpus with few groups needs no logarithm of the counts.
     panel.set_ylim(bottom=0)
+    panel.yaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("documents in a group, the one that is kept included")
     panel.set_ylabel("groups")
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -98,6 +97,7 @@ def _bars(panel: Any, names: Sequence[str], values: Sequence[int], colour: str) 
     panel.barh(places, values, color=colour, height=0.7)
     panel.set_yticks(places, names, fontsize=9)
     panel.set_xlim(0, max(1, *values) * 1.22)
+    panel.set_ylim(-0.6, len(names) - 0.4)
     panel.xaxis.set_major_formatter(lambda value, _: _short(value))
     for place, value in zip(places, values, strict=True):
         panel.annotate(

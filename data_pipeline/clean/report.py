@@ -28,7 +28,7 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 h3 { font-size: 1rem; margin-bottom: .3rem }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .9rem }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top }
-th:first-child, td.text { text-align: left }
+.text { text-align: left }
 th { color: #555; font-weight: 600 }
 img { max-width: 100%; height: auto }
 code, pre { font: 12.5px/1.4 ui-monospace, monospace }
@@ -185,8 +185,10 @@ def _drops(totals: CleaningTotals, pictures: Pictures) -> str:
             rows.append((rule, limit, documents, share, characters, _share(characters, read.characters_in)))
     if not rows:
         return "<p>Nothing was dropped.</p>"
+    shown = f"<p>The picture shows the {plots.MOST_BARS} that dropped most.</p>"
     heads = ("rule", "limit", "documents", "of those read", "characters", "of those read")
-    return pictures.show("drops", "dropped by each rule", plots.draw_drops(totals)) + _table(heads, rows)
+    picture = pictures.show("drops", "dropped by each rule", plots.draw_drops(totals))
+    return (shown if len(rows) > plots.MOST_BARS else "") + picture + _table(heads, rows)
 
 
 def _limit(rule: str, settings: dict[str, Any]) -> str:
@@ -218,7 +220,8 @@ def _clusters(clusters: dict[str, Any], pictures: Pictures) -> str:
         for entry in clusters["largest"]
     ]
     return (
-        f"<p>{clusters['clusters']:,} groups, of each of which one document was kept.</p>"
+        f"<p>Groups of equal or similar documents: {clusters['clusters']:,}. "
+        "Of each one document was kept.</p>"
         + pictures.show("clusters", "sizes of groups of duplicates", plots.draw_clusters(clusters))
         + _table(("kept", "documents in the group"), rows)
     )
@@ -237,15 +240,21 @@ def _samples(totals: CleaningTotals) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, int):
-            return f"<td>{value:,}</td>"
-        kind = ' class="text"' if not str(value).endswith("%") else ""
-        return f"<td{kind}>{_text(str(value))}</td>"
+    listed = list(rows)
+    classes = [
+        ""
+        if all(isinstance(row[column], int) or str(row[column]).endswith("%") for row in listed)
+        else "text"
+        for column in range(len(heads))
+    ]
 
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    def line(tag: str, values: Sequence[Any]) -> str:
+        shown = (f"{value:,}" if isinstance(value, int) else _text(str(value)) for value in values)
+        cells = (f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in zip(classes, shown, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = "".join(line("td", row) for row in listed)
+    return f"<table><thead>{line('th', heads)}</thead><tbody>{body}</tbody></table>"
 
 
 def _share(part: int, whole: int) -> str:

@@ -28,9 +28,11 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     "gopher-repetition.duplicate_paragraphs": Rule("max", 0.30, "share of paragraphs that came before"),
-    "gopher-repetition.duplicate_paragraph_characters": Rule("max", 0.20, "share of characters in these"),
+    "gopher-repetition.duplicate_paragraph_characters": Rule(
+        "max", 0.20, "share of characters in such paragraphs"
+    ),
     "gopher-repetition.duplicate_lines": Rule("max", 0.30, "share of lines that came before"),
-    "gopher-repetition.duplicate_line_characters": Rule("max", 0.20, "share of characters in these"),
+    "gopher-repetition.duplicate_line_characters": Rule("max", 0.20, "share of characters in such lines"),
     **{
         f"gopher-repetition.top_{n}_gram": Rule(
             "max", limit, f"share of characters in the most frequent {n} words"

@@ -297,7 +297,7 @@ def clean_corpus(
     empty = np.zeros(0, dtype=np.uint8)
     fates, keepers = [empty] * len(tasks), [empty] * len(tasks)
     if settings.joins:
-        joined = join([np.load(work / f"{task.number:05d}.npy") for task in tasks], settings)
+        joined = join([np.load(task.paths[1], mmap_mode="r") for task in tasks], settings)
         fates, keepers = joined.fates, joined.keepers
         write_json(folder / FOLDER / CLUSTERS, joined.clusters())
     _require_some(tasks, fates)

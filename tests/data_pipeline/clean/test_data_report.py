@@ -113,7 +113,7 @@ def test_the_page_says_what_came_in_and_what_each_rule_dropped(folder: Path, tmp
     assert "53 documents with " in text and f"; {left} ({100 * left / 53:.2f}%) with " in text
     for rule, count in dropped.items():
         assert re.search(rf"{re.escape(rule)}[^%]*?{count}{100 * count / 53:.2f}%", text), rule
-    assert "10 groups, of each of which one document was kept." in text
+    assert "Groups of equal or similar documents: 10." in text
 
 
 def test_data_without_cleaning_have_a_report_that_says_so(prepared: Manifest, tmp_path: Path) -> None:
@@ -164,6 +164,6 @@ def test_the_commands_clean_and_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["data", "report", str(tmp_path / "out")]) == 0
     assert "report.html, with 5 pictures beside it" in capsys.readouterr().out
     text = Page((tmp_path / "out" / "report.html").read_text()).text
-    assert "120 documents" in text and "60 groups" in text
+    assert "120 documents" in text and "similar documents: 60." in text
     assert main([*prepare_words, "--quality", "gofer"]) == 2
     assert "quality 'gofer': must be one of" in capsys.readouterr().err
