@@ -306,6 +306,24 @@ def test_the_tokenizer_learns_from_what_is_left_and_unknown_tokens_are_limited(t
         prepare(source, tmp_path / "byte", serial(clean))  # type: ignore[arg-type]
 
 
+def test_what_is_known_of_a_document_goes_through_cleaning(tmp_path: Path) -> None:
+    class Known(OwnPart):
+        def documents(self) -> Iterator[Document]:
+            for number, text in enumerate(self._texts):
+                yield Document(text, "somewhere", (("half", str(number % 2)),))
+
+    class Source(OwnSplits):
+        def partitions(self) -> list[OwnPart]:
+            return [Known(0, "train", [passage(number) for number in range(20)] + ["short", passage(0)])]
+
+    settings = serial(
+        CleanSettings(min_characters=10, duplicates="exact"), condition_on=("half",), condition_dropout=0.0
+    )
+    manifest = prepare(Source([]), tmp_path / "out", settings)  # type: ignore[arg-type]
+    firsts = [int(ids[0]) for ids in iterate_documents(manifest, "train")]
+    assert firsts == [256 + number % 2 for number in range(20)]
+
+
 def test_when_nothing_is_left_the_rules_are_named(tmp_path: Path, dirty: Path) -> None:
     with pytest.raises(
         UserError, match=r"cleaning left none of 200 documents: length.min_characters dropped 200"
