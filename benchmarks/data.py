@@ -4,9 +4,9 @@
     python benchmarks/data.py --parts reading
 
 Preparing: JSON lines of built-in corpora to GPT-2 tokens, a whole process each time, on two corpora of
-which one is four times the other. Cost is the machine's CPU time, all processes included, so the machine must
-be idle otherwise. The difference of the two gives the cost of one more token, the rest is fixed: starting Python,
-Ray, and importing. Every row must write the same number of tokens, else nothing is reported.
+which one is four times the other. Cost is the machine's CPU time, all processes included, so the machine
+must be idle otherwise. The difference of the two gives the cost of one more token, the rest is fixed:
+starting Python, Ray, and importing. Every row must write the same number of tokens, else nothing is reported.
 
 Reading: batches of a synthetic data set as one rank gets them, from memory mapped files, with the time to the
 first batch and the memory at points along an epoch.

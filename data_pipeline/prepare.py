@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from spikescale.data_pipeline.append import Earlier, extend
 from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.clean.record import FOLDER as CLEAN
 from spikescale.data_pipeline.clean.unknown import UnknownLimit
@@ -74,6 +75,7 @@ class PrepareSettings:
         bad_records: refuse or quarantine. max_bad_share: of a partition's and of the job's records, that
             may be quarantined before the job stops.
         overwrite: replace what another request left in the folder.
+        append: add to the data set that is in the folder; its tokenizer, splits and shards stay.
         quiet: show no progress.
     """
 
@@ -92,6 +94,7 @@ class PrepareSettings:
     bad_records: Literal["refuse", "quarantine"] = "refuse"
     max_bad_share: float = 0.01
     overwrite: bool = False
+    append: bool = False
     quiet: bool = False
 
 
@@ -123,6 +126,7 @@ class Job:
         pool: where the tasks can be run.
         settings: those that were asked for.
         made: the whole data set is there already, and there are no tasks.
+        earlier: shards that were there before, in front of those of the tasks.
     """
 
     folder: Path
@@ -134,6 +138,7 @@ class Job:
     pool: Pool
     settings: PrepareSettings
     made: bool = False
+    earlier: Earlier = field(default_factory=Earlier)
 
     @property
     def dtype(self) -> np.dtype:
@@ -147,7 +152,7 @@ class Job:
         if not (self.folder / MANIFEST).exists():
             return False
         manifest = load_manifest(self.folder, verify="size")
-        return manifest.requests[-1:] == ((self.request, len(self.partitions)),)
+        return manifest.requests[-1:] == ((self.request, self.earlier.partitions + len(self.partitions)),)
 
     def finish(self, shards: Sequence[ShardInfo]) -> None:
         """Write the manifest over all shards.
@@ -156,8 +161,16 @@ class Job:
         """
         if self.settings.bad_records == "quarantine":
             summarise(self.folder, len(self.partitions), self.settings.max_bad_share)
-        _require_documents(shards, self.partitions, self.settings.split)
-        write_manifest(self.folder, self.tokenizer, self.dtype, shards, len(self.partitions), self.source)
+        _require_documents([*self.earlier.shards, *shards], self.partitions, self.settings.split)
+        earlier = self.earlier
+        write_manifest(
+            self.folder,
+            self.tokenizer,
+            self.dtype,
+            [*earlier.shards, *shards],
+            earlier.partitions + len(self.partitions),
+            f"{earlier.source} + {self.source}" if earlier.source else self.source,
+        )
         if self.settings.clean.active:
             remove_work(self.folder)
 
@@ -181,6 +194,14 @@ def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Itera
     except OSError as error:
         raise UserError(f"{output}: cannot be made a folder ({error.strerror})") from None
     with _locked(output), room_needed(output):
+        earlier = Earlier()
+        if settings.append:
+            if settings.clean.active or settings.bad_records == "quarantine":
+                raise UserError(
+                    "--append does not clean and has no quarantine: clean the new text in a folder of its own"
+                    " and mix them (data.sources), or prepare both together"
+                )
+            request, earlier = extend(output, request)
         _claim(output, request, settings.overwrite)
         limits = _limits(len(partitions), settings.limit_documents)
         digest = request_digest(request)
@@ -223,9 +244,13 @@ def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Itera
                     fast=fast,
                     max_bad_share=max_bad_share,
                 )
-                for number, (partition, limit) in enumerate(zip(partitions, limits, strict=True))
+                for number, (partition, limit) in enumerate(
+                    zip(partitions, limits, strict=True), earlier.partitions
+                )
             ]
-            yield Job(output, source.name, partitions, tasks, tokenizer, digest, pool, settings)
+            yield Job(
+                output, source.name, partitions, tasks, tokenizer, digest, pool, settings, earlier=earlier
+            )
 
 
 def _request(source: Source, partitions: Sequence[Partition], settings: PrepareSettings) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="documents, by hash, that are left without such ids, 0 to 1",
     )
+    add("--append", action="store_true", help="add the source at the end of the data set that is there")
     add("--overwrite", action="store_true", help="replace what another request left in the output folder")
     _add_catalog(parser)
     reading = parser.add_argument_group("reading (defaults: the catalogue's)")
@@ -260,6 +261,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         bad_records=arguments.bad_records,
         max_bad_share=arguments.max_bad_share,
         overwrite=arguments.overwrite,
+        append=arguments.append,
         quiet=arguments.quiet,
     )
     parse_spec(settings.tokenizer)  # before anything is fetched
