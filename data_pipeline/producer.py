@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.live import FAILED, Head, write_failure
 from spikescale.data_pipeline.manifest import TokenizerInfo
 from spikescale.data_pipeline.order import EpochOrder
@@ -139,7 +140,13 @@ class Producer:
         folder = Path(job.output)
         (folder / FAILED).unlink(missing_ok=True)
         settings = PrepareSettings(
-            **{**job.settings, "split": SplitSettings(**job.settings["split"]), "quiet": True}
+            **{
+                **job.settings,
+                "split": SplitSettings(**job.settings["split"]),
+                "clean": clean_settings(job.settings["clean"]),
+                "condition_on": tuple(job.settings["condition_on"]),
+                "quiet": True,
+            }
         )
         source = open_source(job.source, catalogs=[Path(path) for path in job.catalogs], **job.options)
         with opened_job(source, folder, settings) as opened:
@@ -208,6 +215,19 @@ class Producer:
     def _answer(self, content: Mapping[str, Any]) -> None:
         with self._lock:
             print(json.dumps(content), file=self._answers, flush=True)
+
+
+def clean_settings(given: Mapping[str, Any]) -> CleanSettings:
+    """Settings of cleaning out of JSON, whose lists stand for tuples. Raises UserError."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    if "rules" in values:
+        values["rules"] = tuple(tuple(rule) for rule in values["rules"])
+    try:
+        return CleanSettings(**values)
+    except TypeError as error:
+        raise UserError(f"data.stream.clean: {error}") from None
 
 
 class _NoShards:

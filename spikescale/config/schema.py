@@ -6,14 +6,17 @@ unless a name says otherwise.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MomentDecay = Annotated[float, Field(ge=0, lt=1)]
+
+# Text, because a path would make one slash of a URL's two.
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
 Variant = Literal["rwkv", "heaviside-rwkv", "spikegpt-b", "spikegpt", "spikegpt-driven"]
 
@@ -60,7 +63,7 @@ class ModelConfig(Strict):
 class SourceConfig(Strict):
     """One data set of a mixture."""
 
-    path: Path
+    path: Location  # a folder, or a URL of what `spikescale data push` wrote
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None  # None: the folder's
     weight: Annotated[float, Field(gt=0)] | None = None  # share of the tokens, relative to the others'
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it while the others make theirs
@@ -68,7 +71,7 @@ class SourceConfig(Strict):
     @property
     def label(self) -> str:
         """How the source is called in metrics."""
-        return self.name or self.path.name
+        return self.name or Path(self.path).name
 
 
 class StreamConfig(Strict):
@@ -92,6 +95,11 @@ class StreamConfig(Strict):
     valid_fraction: Fraction = 0.05
     test_fraction: Fraction = 0.05
     tokenizer_sample_mchars: Annotated[float, Field(gt=0)] = 10.0
+    condition_on: tuple[str, ...] = ()
+    condition_dropout: Fraction = 0.1
+    bad_records: Literal["refuse", "quarantine"] = "refuse"
+    max_bad_share: Fraction = 0.01
+    clean: dict[str, Any] = {}  # stages of `CleanSettings`; the whole corpus is cleaned before the first step
 
     @model_validator(mode="after")
     def _cluster_has_an_address(self) -> "StreamConfig":
@@ -112,7 +120,7 @@ class CurriculumStage(Strict):
 class DataConfig(Strict):
     """Prepared data and the order in which it is read: one data set (path), or a mixture (sources)."""
 
-    path: Path | None = None
+    path: Location | None = None  # a folder, or a URL of what `spikescale data push` wrote
     mode: Literal["prepared", "streaming"] = "prepared"  # streaming: `stream` is prepared in path meanwhile
     stream: StreamConfig | None = None
     sources: tuple[SourceConfig, ...] = ()
@@ -129,6 +137,8 @@ class DataConfig(Strict):
             raise ValueError("data.path and data.sources are both given: a mixture has no path of its own")
         if self.mode == "streaming" and (self.path is None or self.stream is None):
             raise ValueError("data.mode = streaming needs data.path (a folder to write to) and data.stream")
+        if self.mode == "streaming" and "://" in str(self.path):
+            raise ValueError("data.mode = streaming needs a folder in data.path, not a URL")
         if self.mode == "prepared" and self.stream is not None:
             raise ValueError("data.stream is given, but data.mode is prepared: set it to streaming")
         kinds = {(source.weight is not None, source.epochs is not None) for source in self.sources}

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spikescale.config import DataConfig, RunConfig
 from spikescale.data_pipeline.blend import Blend, Ingredient
+from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.feeder import ProducerProcess
 from spikescale.data_pipeline.live import LiveDataset
 from spikescale.data_pipeline.manifest import Manifest, TokenizerInfo, Totals, load_manifest, total
-from spikescale.data_pipeline.producer import ProducerJob
+from spikescale.data_pipeline.producer import ProducerJob, clean_settings
 from spikescale.data_pipeline.stream import TokenStream
 from spikescale.errors import UserError
 
@@ -42,12 +43,13 @@ class Dataset:
         """
         if config.path is not None and not made:
             needs = producer.need if producer else lambda first, stop: None
-            return cls((Part(config.path.name, LiveDataset(config.path, needs), 1.0),), producer)
+            live = LiveDataset(Path(config.path), needs)
+            return cls((Part(live.folder.name, live, 1.0),), producer)
         if config.path is not None:
-            return cls((Part(config.path.name, load_manifest(config.path, _mode(verify)), 1.0),))
+            return cls((Part(Path(config.path).name, _manifest(config.path, verify), 1.0),))
         parts = []
         for source in config.sources:
-            manifest = load_manifest(source.path, _mode(verify))
+            manifest = _manifest(source.path, verify)
             tokens = manifest.totals("train").tokens
             weight = tokens * source.epochs if source.epochs else float(source.weight or 0)
             if not weight:
@@ -119,21 +121,28 @@ class Dataset:
         )
 
 
-def _mode(verify: str) -> Literal["full", "size"]:
-    return "full" if verify == "full" else "size"
+def _manifest(location: str, verify: str) -> Manifest:
+    mode: Literal["full", "size"] = "full" if verify == "full" else "size"
+    if "://" in location:
+        from spikescale.data_pipeline.remote import localise
+
+        # What comes from afar is compared with its checksums when it is fetched, and as asked for later.
+        return load_manifest(localise(location, mode, quiet=False), "size")
+    return load_manifest(Path(location), mode)
 
 
 def producer_job(config: RunConfig) -> ProducerJob:
     """What `data.stream` asks for, with the order in which this run reads it."""
     data, stream = config.data, config.data.stream
     assert stream is not None and data.path is not None  # the schema says so
+    folder = Path(data.path).absolute()
     names = ("text_key", "split_on", "format", "encoding")
     options = {name: getattr(stream, name) for name in names if getattr(stream, name) is not None}
     if stream.partition_mib is not None:
         options["partition_bytes"] = max(1, int(stream.partition_mib * (1 << 20)))
     split = {"valid_fraction": stream.valid_fraction, "test_fraction": stream.test_fraction}
     return ProducerJob(
-        output=str(data.path.absolute()),
+        output=str(folder),
         source=list(stream.source),
         options=options,
         catalogs=[str(path) for path in stream.catalogs],
@@ -142,6 +151,11 @@ def producer_job(config: RunConfig) -> ProducerJob:
             "eos": stream.eos,
             "split": split,
             "limit_documents": stream.limit_documents,
+            "condition_on": list(stream.condition_on),
+            "condition_dropout": stream.condition_dropout,
+            "bad_records": stream.bad_records,
+            "max_bad_share": stream.max_bad_share,
+            "clean": _cleaning(stream.clean),
             "tokenizer_sample_characters": int(stream.tokenizer_sample_mchars * 1_000_000),
             "workers": 1 if stream.ray == "none" else stream.workers,
             "ray": stream.ray != "none",
@@ -153,3 +167,12 @@ def producer_job(config: RunConfig) -> ProducerJob:
         ahead_shards=stream.look_ahead_shards,
         ahead_bytes=stream.look_ahead_mib << 20,
     )
+
+
+def _cleaning(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of cleaning, checked here so that a mistake is told before anything starts."""
+    known = sorted(field.name for field in fields(CleanSettings))
+    for name in given:
+        if name not in known:
+            raise UserError(f"data.stream.clean: unknown key {name}; allowed here: {', '.join(known)}")
+    return asdict(clean_settings(given))
