@@ -121,7 +121,7 @@ def _ask_about(
     tokenizer: Tokenizer | None,
     counts: Counter[str],
 ) -> None:
-    title = known.get("title") or article.text.strip().split("\n")[0][:80]
+    title = known.get("title", "")
     asked: set[str] = set()
     for section in sections(article.text, settings.sections):
         key = f"{identifier} {section.number}"
@@ -131,7 +131,7 @@ def _ask_about(
                 "category": known.get("category"),
                 "article_id": identifier,
                 "section_id": section.number,
-                "title": title,
+                "title": title or None,
                 "url": known.get("url"),
                 "source": known.get("source"),
                 "provider": provider.identity().get("model", provider.identity()["provider"]),

@@ -109,7 +109,7 @@ class LanguageModel:
     def ask(self, title: str, section: str, count: int) -> list[Pair]:
         """See Provider."""
         task = TASK.format(count=count)
-        section = f"Article: {title}\n\n{section}"
+        section = f"Article: {title}\n\n{section}" if title else section
         common: dict[str, Any] = {"model": self._model}
         if self._temperature is not None:
             common["temperature"] = self._temperature

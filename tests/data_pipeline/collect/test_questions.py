@@ -91,6 +91,11 @@ def test_the_rules_make_definitions_and_gaps() -> None:
     ((question, answer),) = extract("T", long, 1)
     assert answer == "1789" and len(question) <= 128 and question.count("...") == 2
     assert extract("T", "It is a thing of no name.", 3) == []
+    # Without a title nothing stands before the gap; Mr. and an initial end no sentence.
+    assert extract("", "In that year Mr. J. Smith built 14 bridges over it.", 3) == [
+        (f"In that year Mr. J. Smith built {GAP} bridges over it.", "14")
+    ]
+    assert extract("T" * 100, long, 1)[0][1] == "1789"
 
 
 def test_pairs_that_are_not_wanted_are_named() -> None:
