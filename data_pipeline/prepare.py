@@ -46,7 +46,7 @@ from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documen
 from spikescale.data_pipeline.tasks import HashSample, ShardTask, Survey, SurveyTask
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, parse_spec
 from spikescale.data_pipeline.tokenizers.base import DESCRIPTION
-from spikescale.data_pipeline.tokenizers.conditioned import conditioned
+from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer, conditioned
 from spikescale.data_pipeline.tokenizers.huggingface import Fast, HuggingFaceTokenizer
 from spikescale.errors import UserError
 from spikescale.files import read_json, room_needed, sweep_temporaries, write_json
@@ -361,23 +361,21 @@ def _tokenizer(
 ) -> Tokenizer:
     folder = output / TOKENIZER_FOLDER
     if (folder / DESCRIPTION).exists():
-        # Of this very request, begun before: its description is written last.
-        return load_tokenizer(folder)
+        # Of this very request, begun before (its description is written last), or of what is added to.
+        tokenizer = load_tokenizer(folder)
+        if settings.append and isinstance(tokenizer, ConditionedTokenizer):
+            surveys = _surveys(None, "", pool, partitions, limits, settings)
+            found = {pair for survey in surveys for pair in survey.metadata | survey.elsewhere}
+            _announce_unknown({pair for pair in found if not tokenizer.knows(pair)})
+        return tokenizer
     characters: set[str] = set()
     texts: list[str] = []
     syllables: Counter[str] = Counter()
     metadata: set[tuple[str, str]] = set()
     elsewhere: set[tuple[str, str]] = set()
     if spec.learns_from is not None or settings.condition_on:
-        budget = settings.tokenizer_sample_characters
-        tasks = [
-            SurveyTask(partition, settings.split, limit, spec.learns_from, budget, spec.language)
-            for partition, limit in zip(partitions, limits, strict=True)
-        ]
-        with _progress("reading for the tokenizer", partitions, settings) as progress:
-            surveys: list[Survey] = pool.run(tasks, progress)
-        sample = HashSample(budget)
-        for survey in surveys:
+        sample = HashSample(settings.tokenizer_sample_characters)
+        for survey in _surveys(spec.learns_from, spec.language, pool, partitions, limits, settings):
             characters |= survey.characters
             syllables.update(survey.syllables)
             metadata |= survey.metadata
@@ -395,6 +393,23 @@ def _tokenizer(
         tokenizer = conditioned(tokenizer, settings.condition_on, metadata, settings.condition_dropout)
     tokenizer.save(folder)
     return tokenizer
+
+
+def _surveys(
+    what: str | None,
+    language: str,
+    pool: Pool,
+    partitions: Sequence[Partition],
+    limits: Sequence[int | None],
+    settings: PrepareSettings,
+) -> list[Survey]:
+    budget = settings.tokenizer_sample_characters
+    tasks = [
+        SurveyTask(partition, settings.split, limit, what, budget, language)
+        for partition, limit in zip(partitions, limits, strict=True)
+    ]
+    with _progress("reading for the tokenizer", partitions, settings) as progress:
+        return pool.run(tasks, progress)
 
 
 def _announce_unknown(pairs: set[tuple[str, str]]) -> None:

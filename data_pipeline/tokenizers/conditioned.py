@@ -78,6 +78,10 @@ class ConditionedTokenizer(Tokenizer):
         pairs = [(key, given[key]) for key in self.values if key in given]
         return [self._ids[pair] for pair in pairs if pair in self._ids]
 
+    def knows(self, pair: tuple[str, str]) -> bool:
+        """Whether a (key, value) has an id; also of keys that nothing is conditioned on."""
+        return pair[0] not in self.values or pair in self._ids
+
     def condition_ids(self, conditions: Metadata) -> list[int]:
         """Ids of the given values, in the order of the keys. Raises UserError for one that is unknown."""
         given = dict(conditions)

@@ -172,6 +172,22 @@ def test_values_outside_the_training_split_are_announced(
     assert tokenizer.values == {"category": ("common",), "source": ("a",)}
 
 
+def test_new_values_in_text_that_is_added_are_announced(
+    tmp_path: Path, records: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared_with(records, tmp_path / "out")
+    more = tmp_path / "more.jsonl"
+    lines = [{"text": f"More {number}.", "category": ["art", "music"][number % 2]} for number in range(80)]
+    more.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        manifest = prepared_with(more, tmp_path / "out", append=True)
+    assert "category=music, source=more: not in the training split" in caplog.text
+    tokenizer = load_tokenizer(manifest.tokenizer_folder)
+    added = {tokenizer.decode(d.tolist()): d for d in iterate_documents(manifest, "train")}
+    prefixes = [added[text][added[text] >= 256].tolist() for text in added if text.startswith("More")]
+    assert sorted(map(tuple, {tuple(prefix) for prefix in prefixes})) == [(), (257,)]
+
+
 def test_parquet_columns_and_folders_give_metadata(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
