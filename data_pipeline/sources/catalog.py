@@ -152,6 +152,8 @@ def _open_entry(name: str, entry: Entry, folder: Path, given: dict[str, Any]) ->
                     metadata_keys=options.metadata_keys,
                     name=name,
                     split_on=options.split_on,
+                    bad_records=options.bad_records,
+                    max_record_bytes=options.max_record_bytes,
                 ),
                 ours,
             )

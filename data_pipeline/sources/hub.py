@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from spikescale.data_pipeline.sources.base import Document, Partition
+from spikescale.data_pipeline.sources.base import Document, Partition, ReadOptions, bad_record
 from spikescale.data_pipeline.sources.readers import cut_text
-from spikescale.data_pipeline.sources.records import metadata_of, text_of, with_source
+from spikescale.data_pipeline.sources.records import Fault, row_text, with_source
 from spikescale.errors import UserError
 
 Metadata = tuple[tuple[str, str], ...]
-Row = tuple[int, str, Metadata]  # its number, its text, what is known of it
+Row = tuple[int, str | Fault, Metadata]  # its number, its text, what is known of it
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class HubData:
         row_start: a regular expression; where given, rows are joined until one matches it, for data
             sets whose rows are lines of longer documents.
         split_on: as in ReadOptions, applied to each text.
+        bad_records, max_record_bytes: as in ReadOptions, of rows.
         metadata_keys: as in ReadOptions; name: what `source` is there. Of joined rows, the first one's.
     """
 
@@ -39,6 +40,8 @@ class HubData:
     split_on: str = "file"
     metadata_keys: tuple[str, ...] = ()
     name: str = ""
+    bad_records: str = "refuse"
+    max_record_bytes: int | None = None
 
     def described(self) -> dict[str, Any]:
         """What decides the documents, as plain JSON."""
@@ -46,6 +49,9 @@ class HubData:
         described["metadata_keys"] = list(self.metadata_keys)
         if not self.metadata_keys:
             del described["metadata_keys"], described["name"]
+        for key, default in (("bad_records", "refuse"), ("max_record_bytes", None)):
+            if described[key] == default:
+                del described[key]
         return described
 
     @property
@@ -88,17 +94,22 @@ class HubPartition:
 
     def documents(self) -> Iterator[Document]:
         """The documents of this shard in order."""
-        key = self.data.text_key
         rows = self.data.load()
         if self.count > 1:
             rows = rows.shard(num_shards=self.count, index=self.index)
         keys = self.data.metadata_keys
-        for number, text, metadata in self._joined(self._texts(iter(rows), key)):
+        options = ReadOptions(bad_records=self.data.bad_records)
+        for number, text, metadata in self._joined(self._texts(iter(rows))):
+            if isinstance(text, Fault):
+                place = f"{self.label}, row {number}"
+                bad = bad_record(options, place, text.kind, text.reason, b"", row=number)
+                yield bad._replace(metadata=(("file", self.label), *bad.metadata))
+                continue
             for piece in cut_text(text, self.data.split_on):
                 document = Document(piece, f"{self.label}, row {number}", metadata)
                 yield with_source(document, keys, self.data.name or self.data.path)
 
-    def _texts(self, rows: Iterator[dict[str, Any]], key: str) -> Iterator[Row]:
+    def _texts(self, rows: Iterator[dict[str, Any]]) -> Iterator[Row]:
         for number in itertools.count(1):
             try:
                 row = next(rows)
@@ -106,14 +117,16 @@ class HubPartition:
                 return
             except Exception as error:
                 raise _as_user_error(self.data, error) from None
-            if key not in row:
-                names = ", ".join(repr(name) for name in row)
-                raise UserError(f"{self.label}, row {number}: no column {key!r}; there are {names}")
+            found = row_text(row, self._reading)
+            yield (number, found, ()) if isinstance(found, Fault) else (number, *found)
 
-            def place(number: int = number) -> str:
-                return f"{self.label}, row {number}"
-
-            yield number, text_of(row[key], key, place), metadata_of(row, self.data.metadata_keys, place)
+    @property
+    def _reading(self) -> ReadOptions:
+        return ReadOptions(
+            text_key=self.data.text_key,
+            metadata_keys=self.data.metadata_keys,
+            max_record_bytes=self.data.max_record_bytes,
+        )
 
     def _joined(self, texts: Iterator[Row]) -> Iterator[Row]:
         if self.data.row_start is None:
@@ -122,6 +135,9 @@ class HubPartition:
         starts = re.compile(self.data.row_start)
         first, metadata, parts = 1, Metadata(), list[str]()
         for number, text, own in texts:
+            if isinstance(text, Fault):
+                yield number, text, own
+                continue
             if parts and starts.match(text):
                 yield first, "".join(parts), metadata
                 parts = []

@@ -8,15 +8,10 @@ from typing import Any
 from spikescale.data_pipeline.sources.base import EXCERPT_BYTES, Document, ReadOptions, bad_record
 from spikescale.data_pipeline.sources.records import (
     Fault,
-    Metadata,
     damage,
-    found_metadata,
-    is_too_long,
-    joined_text,
-    no_text,
     one_line,
+    row_text,
     some_names,
-    too_long,
 )
 from spikescale.data_pipeline.sources.streams import DamagedInputError, FilePath, is_compressed, read_all
 from spikescale.errors import UserError
@@ -49,7 +44,7 @@ def read_parquet(
                 for record in _rows(batch):
                     row += 1
                     where = f"{path}, row {row}"
-                    found = record if isinstance(record, Fault) else _row_text(record, options)
+                    found = record if isinstance(record, Fault) else row_text(record, options)
                     if not isinstance(found, Fault):
                         yield Document(found[0], where, found[1])
                         continue
@@ -77,16 +72,6 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Fault]:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             yield Fault("encoding", f"not valid utf-8 (byte 0x{byte:02x} at position {error.start})")
-
-
-def _row_text(record: dict[str, Any], options: ReadOptions) -> tuple[str, Metadata] | Fault:
-    text = joined_text(record[options.text_key])
-    if text is None:
-        return Fault("schema", no_text(record[options.text_key], options.text_key))
-    if is_too_long(text, options):
-        return too_long(options)
-    metadata = found_metadata(record, options.metadata_keys)
-    return metadata if isinstance(metadata, Fault) else (text, metadata)
 
 
 def _column_fault(schema: Any, key: str) -> Fault | None:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from spikescale.data_pipeline.sources.base import Document, ReadOptions
 from spikescale.data_pipeline.sources.streams import DamagedInputError, FilePath
-from spikescale.errors import UserError
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -17,20 +16,11 @@ class Fault(NamedTuple):
     reason: str
 
 
-def text_of(value: Any, key: str, place: Any) -> str:
+def joined_text(value: Any) -> str | None:
     """The text in a record's value: a string, a list of strings, or a list of messages with `content`.
 
-    The parts of a list (turns of a conversation) are joined by a blank line. `place()` names the
-    record in the UserError that anything else raises.
+    The parts of a list (turns of a conversation) are joined by a blank line. None for anything else.
     """
-    text = joined_text(value)
-    if text is None:
-        raise UserError(f"{place()}: {no_text(value, key)}")
-    return text
-
-
-def joined_text(value: Any) -> str | None:
-    """The text in a value as `text_of` finds it; None when there is none."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -48,7 +38,10 @@ def no_text(value: Any, key: str) -> str:
 
 
 def found_metadata(record: Mapping[str, Any], keys: Sequence[str]) -> Metadata | Fault:
-    """As `metadata_of`, with a Fault for a value of another kind."""
+    """(key, value) for each of `keys` that the record has a value for, in the order of `keys`.
+
+    Numbers become their decimal text; a value of another kind is a Fault.
+    """
     pairs = []
     for key in keys:
         value = record.get(key)
@@ -61,23 +54,25 @@ def found_metadata(record: Mapping[str, Any], keys: Sequence[str]) -> Metadata |
     return tuple(pairs)
 
 
-def metadata_of(record: Mapping[str, Any], keys: Sequence[str], place: Any) -> Metadata:
-    """(key, value) for each of `keys` that the record has a value for, in the order of `keys`.
-
-    Numbers become their decimal text. `place()` names the record in the UserError that other kinds raise.
-    """
-    found = found_metadata(record, keys)
-    if isinstance(found, Fault):
-        raise UserError(f"{place()}: {found.reason}")
-    return found
-
-
 def with_source(document: Document, keys: Sequence[str], name: str) -> Document:
     """The document with ("source", name) in its metadata if `keys` ask for it and it has none yet."""
     if "source" not in keys or any(key == "source" for key, _ in document.metadata):
         return document
     given = {**dict(document.metadata), "source": name}
     return document._replace(metadata=tuple((key, given[key]) for key in keys if key in given))
+
+
+def row_text(record: Mapping[str, Any], options: ReadOptions) -> tuple[str, Metadata] | Fault:
+    """Text and metadata of a row of named values, as `options` name them, or what is wrong with it."""
+    if options.text_key not in record:
+        return Fault("schema", f"no column {options.text_key!r}; there are {some_names(record)}")
+    text = joined_text(record[options.text_key])
+    if text is None:
+        return Fault("schema", no_text(record[options.text_key], options.text_key))
+    if is_too_long(text, options):
+        return too_long(options)
+    metadata = found_metadata(record, options.metadata_keys)
+    return metadata if isinstance(metadata, Fault) else (text, metadata)
 
 
 def lone_surrogate(text: str) -> int | None:

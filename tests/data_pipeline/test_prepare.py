@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -260,37 +258,6 @@ def test_malformed_input_stops_preparation_without_a_manifest(tmp_path: Path) ->
         prepare(open_source([str(path)]), tmp_path / "out", serial())
     names = {entry.name for entry in (tmp_path / "out").iterdir()}
     assert "manifest.json" not in names and not any(name.startswith(".tmp-") for name in names)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_killed_preparation_begun_again_gives_the_same_bytes(
-    tmp_path: Path, prepared: Manifest, jsonl: Path, snapshot: Snapshot
-) -> None:
-    output = tmp_path / "out"
-    size = jsonl.stat().st_size // 10 + 1
-    script = (
-        "import sys, time; from pathlib import Path\n"
-        "from spikescale.data_pipeline import tasks\n"
-        "from spikescale.data_pipeline.prepare import PrepareSettings, prepare\n"
-        "from spikescale.data_pipeline.sources import open_source\n"
-        "tasks.BATCH_DOCUMENTS = 5\n"
-        "write = tasks._write_batch\n"
-        "tasks._write_batch = lambda *a: (write(*a), time.sleep(0.05))\n"
-        f"prepare(open_source([{str(jsonl)!r}], partition_bytes={size}), Path({str(output)!r}), "
-        "PrepareSettings(ray=False, quiet=True))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 300
-    while not list(output.glob(".tmp-*-train-00004.bin")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (output / "manifest.json").exists()
-    assert any(path.name.startswith(".tmp-") for path in output.iterdir())
-    prepare(source_of(jsonl), output, serial())
-    assert snapshot(output) == snapshot(prepared.folder)
 
 
 class KillOnce:

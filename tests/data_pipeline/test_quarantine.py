@@ -5,6 +5,7 @@ import json
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.data_pipeline.prepare import PrepareSettings, prepare
 from spikescale.data_pipeline.sources import Document, ReadOptions, open_source
 from spikescale.data_pipeline.sources.files import FilesSource
+from spikescale.data_pipeline.sources.hub import HubData, HubSource
 from spikescale.data_pipeline.stream import iterate_documents
 from spikescale.data_pipeline.tokenizers import load_tokenizer
 from spikescale.errors import UserError
@@ -325,6 +327,29 @@ def test_a_parquet_that_holds_invalid_utf8_loses_that_row_alone(tmp_path: Path) 
     good, (bad,) = read(tmp_path / "a.parquet")
     assert good == ["one", "three"] and dict(bad.metadata)["row"] == "2"
     assert bad.fault == "not valid utf-8 (byte 0xff at position 2)"
+
+
+def test_rows_of_a_hub_data_set_are_quarantined_too(tmp_path: Path, texts: list[str]) -> None:
+    rows = [{"text": text} for text in texts[:20]]
+    rows[3] = {"text": None}  # type: ignore[dict-item]
+    rows[11] = {"text": "y" * 5000}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = HubData("json", data_files=(str(tmp_path / "a.jsonl"),), bad_records="quarantine")
+    (part,) = HubSource("local", [(replace(data, max_record_bytes=4000), None)]).partitions()
+    found = list(part.documents())
+    assert [document.text for document in found if not document.fault] == [
+        text for number, text in enumerate(texts[:20]) if number not in (3, 11)
+    ]
+    bad = [dict(document.metadata) for document in found if document.fault]
+    assert [(entry["row"], entry["kind"]) for entry in bad] == [("4", "schema"), ("12", "too-long")]
+    assert bad[0]["file"] == part.label
+    assert (
+        "bad_records"
+        not in HubSource("l", [(replace(data, bad_records="refuse"), None)]).identity()["hub"][0]
+    )
+    (part,) = HubSource("local", [(replace(data, bad_records="refuse"), None)]).partitions()
+    with pytest.raises(UserError, match=r"row 4: 'text' must hold text \(or a list of texts\), not null"):
+        list(part.documents())
 
 
 def test_the_threshold_holds_for_each_partition_and_for_the_job(

@@ -1,6 +1,7 @@
 """Sources by URL, on a real S3 server on loopback: the documents of local files, whatever happens."""
 
 import gzip
+import io
 import json
 import logging
 import pickle
@@ -193,3 +194,33 @@ def test_a_catalogue_may_name_urls(s3: Any, corpus: Path, tmp_path: Path, texts:
     catalog.write_text(f"mine:\n  files: [{upload(s3, corpus)}/a.jsonl, corpus/d.parquet]\n")
     source = open_source(["mine"], catalogs=[catalog])
     assert [d.text for part in source.partitions() for d in part.documents()] == texts * 2
+
+
+def test_a_server_that_ignores_ranges_or_sends_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(range(256)) * 3000
+
+    class Server:
+        def __init__(self) -> None:
+            self.answers: list[bytes] = []
+
+        def info(self, path: str) -> dict[str, Any]:
+            return {"size": len(content), "ETag": "1", "type": "file"}
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            return self.answers.pop(0) if self.answers else content[start:end]
+
+    server = Server()
+    monkeypatch.setattr(storage, "open_filesystem", lambda url: (server, url))
+    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.001)
+    file = storage.describe("http://host/a")
+    server.answers = [content[:7], content, content[:100]]
+    with file.open() as reader:
+        assert reader.read() == content and server.answers == []
+    with file.open() as reader:
+        reader.seek(-10, io.SEEK_END)
+        server.answers = [content]
+        assert reader.read() == content[-10:]
+    monkeypatch.setattr(storage, "LONGEST_RANGE", 100_000)
+    server.answers = [content]
+    with file.open() as reader, pytest.raises(UserError, match="gives no byte ranges; fetch the file first"):
+        reader.read(5)
