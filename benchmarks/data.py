@@ -73,7 +73,8 @@ def save_tokenizer(folder: Path) -> None:
 
 def commands(texts: Path, tokenizer: Path, output: Path) -> dict[str, list[str]]:
     """The rows, as commands that write to `output`."""
-    prepare = [sys.executable, "-m", "spikescale.cli.main", "data", "prepare", "--source", str(texts)]
+    program = str(Path(sys.executable).parent / "spikescale")
+    prepare = [program, "data", "prepare", "--source", str(texts)]
     prepare += ["--tokenizer", "gpt2", "--fast", "require", "--quiet", "--valid-fraction", "0"]
     prepare += ["--test-fraction", "0", "--partition-mib", "8", "--output", str(output / "data")]
     rows = {
