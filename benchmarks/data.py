@@ -12,6 +12,7 @@ Reading: batches of a synthetic data set as one rank gets them, from memory mapp
 first batch and the memory at points along an epoch.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -31,6 +32,9 @@ from spikescale.errors import UserError
 
 HERE = Path(__file__).parent
 SOURCES = ("gcide", "linux-docs", "python-docs")
+OURS = ("spikescale, one process", "spikescale, Ray, 1 worker", "spikescale, Ray, 2 workers")
+LIMIT = "plain loop (the limit)"
+ROWS = (*PEERS, *OURS)
 FOLD = 4
 TICKS = os.sysconf("SC_CLK_TCK")
 SHARD_TOKENS = 16_000_000
@@ -43,8 +47,8 @@ def cpu_seconds() -> float:
     return (user + nice + system) / TICKS
 
 
-def write_corpora(folder: Path) -> dict[str, Path]:
-    """JSON lines of the built-in corpora: every fourth document, and all of them."""
+def write_corpora(folder: Path, sources: list[str]) -> dict[str, Path]:
+    """JSON lines of the corpora: every fourth document, and all of them."""
     from spikescale.data_pipeline.sources import open_source
 
     paths = {"small": folder / "small.jsonl", "large": folder / "large.jsonl"}
@@ -53,7 +57,7 @@ def write_corpora(folder: Path) -> dict[str, Path]:
         paths["large"].open("w", encoding="utf-8") as all_,
     ):
         number = 0
-        for name in SOURCES:
+        for name in sources:
             for partition in open_source([name]).partitions():
                 for document in partition.documents():
                     line = json.dumps({"text": document.text}) + "\n"
@@ -64,24 +68,21 @@ def write_corpora(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, spec: str) -> None:
     """The tokenizer that every row uses."""
     from spikescale.data_pipeline.tokenizers import make_tokenizer, parse_spec
 
-    make_tokenizer(parse_spec("gpt2")).save(folder)
+    make_tokenizer(parse_spec(spec)).save(folder)
 
 
-def commands(texts: Path, tokenizer: Path, output: Path) -> dict[str, list[str]]:
+def commands(texts: Path, tokenizer: Path, spec: str, output: Path) -> dict[str, list[str]]:
     """The rows, as commands that write to `output`."""
     program = str(Path(sys.executable).parent / "spikescale")
     prepare = [program, "data", "prepare", "--source", str(texts)]
-    prepare += ["--tokenizer", "gpt2", "--fast", "require", "--quiet", "--valid-fraction", "0"]
+    prepare += ["--tokenizer", spec, "--quiet", "--valid-fraction", "0"]
     prepare += ["--test-fraction", "0", "--partition-mib", "8", "--output", str(output / "data")]
-    rows = {
-        "spikescale, one process": [*prepare, "--no-ray"],
-        "spikescale, Ray, 1 worker": [*prepare, "--workers", "1"],
-        "spikescale, Ray, 2 workers": [*prepare, "--workers", "2"],
-    }
+    how = (["--no-ray"], ["--workers", "1"], ["--workers", "2"])
+    rows = {name: [*prepare, *words] for name, words in zip(OURS, how, strict=True)}
     peer = [sys.executable, str(HERE / "data_peers.py")]
     return {name: [*peer, name, str(texts), str(tokenizer), str(output)] for name in PEERS} | rows
 
@@ -95,12 +96,12 @@ def tokens_of(name: str, answer: str, output: Path) -> int:
     return load_manifest(output / "data", verify="full").totals("train").tokens
 
 
-def run_once(name: str, texts: Path, tokenizer: Path, folder: Path) -> tuple[float, float, int]:
+def run_once(name: str, texts: Path, tokenizer: Path, spec: str, folder: Path) -> tuple[float, float, int]:
     """(CPU seconds, seconds, tokens) of one whole command."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    command = commands(texts, tokenizer, output)[name]
+    command = commands(texts, tokenizer, spec, output)[name]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     before, began = cpu_seconds(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -110,17 +111,19 @@ def run_once(name: str, texts: Path, tokenizer: Path, folder: Path) -> tuple[flo
     return spent, seconds, tokens_of(name, done.stdout, output)
 
 
-def preparing(repeats: int, folder: Path) -> list[dict[str, Any]]:
+def preparing(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The rows of the first table."""
-    texts, tokenizer = write_corpora(folder), folder / "tokenizer"
-    save_tokenizer(tokenizer)
-    names = list(commands(texts["small"], tokenizer, folder))
+    texts, tokenizer = write_corpora(folder, options.sources), folder / "tokenizer"
+    save_tokenizer(tokenizer, options.tokenizer)
+    names = [LIMIT, *(row for row in options.rows if row != LIMIT)]
     runs: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name in names:
             for size, path in texts.items():
                 print(f"\r{name}, {size} corpus ...".ljust(70), end="", file=sys.stderr, flush=True)
-                runs.setdefault((name, size), []).append(run_once(name, path, tokenizer, folder))
+                runs.setdefault((name, size), []).append(
+                    run_once(name, path, tokenizer, options.tokenizer, folder)
+                )
     print(file=sys.stderr)
     counted = {size: {run[2] for name in names for run in runs[name, size]} for size in texts}
     if any(len(counts) != 1 for counts in counted.values()):
@@ -144,7 +147,7 @@ def preparing(repeats: int, folder: Path) -> list[dict[str, Any]]:
                 "fixed_cpu_seconds": statistics.median(small) - slope * tokens["small"],
             }
         )
-    limit = next(row for row in rows if row["name"].startswith("plain loop"))
+    limit = next(row for row in rows if row["name"] == LIMIT)
     for row in rows:
         row["of_the_limit"] = (
             row["marginal_cpu_seconds_per_million"] / limit["marginal_cpu_seconds_per_million"]
@@ -281,6 +284,10 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("preparing", "reading"), default=["preparing", "reading"]
     )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the first table")
+    parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="NAME|PATH", help="of text")
+    parser.add_argument("--tokenizer", default="gpt2", metavar="SPEC", help="as for `data prepare`")
+    parser.add_argument("--steps", type=positive, default=300, help="batches read at each point")
     parser.add_argument("--tokens", type=positive, default=1_000_000_000, help="of the data set that is read")
     parser.add_argument("--folder", type=Path, help="keep and reuse the data set that is read here")
     options = parser.parse_args()
@@ -288,11 +295,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "preparing" in options.parts:
-            results["preparing"] = preparing(options.repeats, folder)
+            results["preparing"] = preparing(options, folder)
             show_preparing(results["preparing"])
         if "reading" in options.parts:
             place = options.folder or folder / "synthetic"
-            results["reading"] = reading(options.tokens, place, steps=300, points=20)
+            results["reading"] = reading(options.tokens, place, options.steps, points=20)
             show_reading(results["reading"])
     results["resident_mib"] = resident_bytes() / 2**20
     write_results(results, options.output)
