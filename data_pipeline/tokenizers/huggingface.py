@@ -154,7 +154,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as integer arrays."""
         arrays = self._arrays(texts)
-        if len(self._forbidden):
+        if len(self._forbidden) and arrays and np.isin(np.concatenate(arrays), self._forbidden).any():
             for number, ids in enumerate(arrays):
                 if np.isin(ids, self._forbidden).any():
                     arrays[number] = np.concatenate(self._arrays(self._broken_up(texts[number])))
