@@ -106,11 +106,17 @@ class Blend:
         """What sample number `index` refers to: the shares, and each source's own position."""
         taken = self.taken(index)
         parts = zip(self.ingredients, self.counts, taken, strict=True)
+        # A list: the order of the sources decides whose turn it is.
         return {
-            "sources": {
-                ingredient.name: {"count": count, "samples": number, **ingredient.stream.position(number)}
+            "sources": [
+                {
+                    "name": ingredient.name,
+                    "count": count,
+                    "samples": number,
+                    **ingredient.stream.position(number),
+                }
                 for ingredient, count, number in parts
-            }
+            ]
         }
 
     def restore(self, position: dict[str, Any]) -> None:
@@ -121,16 +127,15 @@ class Blend:
         sources = position.get("sources")
         if sources is None:
             raise UserError("cannot continue in the data: it was one data set and is now a mixture")
-        before = {name: source["count"] for name, source in sources.items()}
-        now = {
-            ingredient.name: count for ingredient, count in zip(self.ingredients, self.counts, strict=True)
-        }
-        if list(before.items()) != list(now.items()):
+        before = [(source["name"], source["count"]) for source in sources]
+        names = [ingredient.name for ingredient in self.ingredients]
+        now = list(zip(names, self.counts, strict=True))
+        if before != now:
             raise UserError(
                 f"cannot continue in the data: the mixture was {_shares(before)} and is now {_shares(now)}"
             )
-        for ingredient in self.ingredients:
-            ingredient.stream.restore(sources[ingredient.name])
+        for ingredient, source in zip(self.ingredients, sources, strict=True):
+            ingredient.stream.restore(source)
 
     def interrupt(self, on: bool) -> None:
         """See `TokenStream.interrupt`."""
@@ -175,5 +180,5 @@ def turns(counts: Sequence[int]) -> np.ndarray:
     return result
 
 
-def _shares(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count / PERIOD:.2%}" for name, count in counts.items())
+def _shares(counts: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {count / PERIOD:.2%}" for name, count in counts)

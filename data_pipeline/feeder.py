@@ -27,7 +27,7 @@ class ProducerProcess:
         self._job = job
         self._folder = Path(job.output)
         self._lock = threading.Lock()
-        self._needs: tuple[int, int] | None = None
+        self._needs: list[tuple[int, int]] = []
         self._head = threading.Event()
         self._closing = False
         self._holding = False
@@ -40,25 +40,33 @@ class ProducerProcess:
         self._thread = threading.Thread(target=self._watch, name="producer", daemon=True)
 
     def __enter__(self) -> "ProducerProcess":
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / FAILED).unlink(missing_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / FAILED).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be written to ({error.strerror})") from None
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait_for_head(self) -> None:
-        """Wait until tokenizer and validation shards are there. Raises UserError when they cannot be made."""
-        self._head.wait()
+    def wait_for_head(self, seconds: float) -> bool:
+        """Whether tokenizer and validation shards are there; waits so long at most.
+
+        Raises UserError when they cannot be made.
+        """
+        there = self._head.wait(seconds)
         if self.failure is not None:
             raise UserError(self.failure)
+        return there
 
     def need(self, first: int, stop: int) -> None:
         """The reader is about to need the shards with these numbers."""
         with self._lock:
-            self._needs = (first, stop)
-            self._send(f"need {first} {stop}")
+            if (first, stop) not in self._needs:
+                self._needs.append((first, stop))
+                self._send(f"need {first} {stop}")
 
     def slowest(self) -> str:
         """What the producer's time went to since the last call, in words; empty when it has not worked."""
@@ -99,6 +107,14 @@ class ProducerProcess:
         return self._process.pid if self._process else None
 
     def _watch(self) -> None:
+        try:
+            self._keep_running()
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            self._fail(f"{self._folder}: the data producer cannot be run ({' '.join(str(error).split())})")
+        finally:
+            self._head.set()
+
+    def _keep_running(self) -> None:
         attempts = 0
         while not self._closing:
             before = self.done
@@ -114,7 +130,6 @@ class ProducerProcess:
                 break
             self.restarts += 1
             time.sleep(min(attempts, 5))
-        self._head.set()
 
     def _run_once(self) -> int:
         command = [sys.executable, "-m", "spikescale.data_pipeline.producer"]
@@ -132,11 +147,14 @@ class ProducerProcess:
             self._process = process
             self._seconds, self._marked, self._holding = {}, {}, False
             self._send(self._job.to_line())
-            if self._needs is not None:
-                self._send(f"need {self._needs[0]} {self._needs[1]}")
+            for first, stop in self._needs:
+                self._send(f"need {first} {stop}")
+            if self._closing and process.stdin is not None:
+                process.stdin.close()
         assert process.stdout is not None
         for line in process.stdout:
-            self._hear(json.loads(line))
+            with contextlib.suppress(json.JSONDecodeError):  # what a library printed is not for us
+                self._hear(json.loads(line))
         return process.wait()
 
     def _send(self, line: str) -> None:
@@ -164,5 +182,6 @@ class ProducerProcess:
 
     def _fail(self, line: str) -> None:
         self.failure = line
-        write_failure(self._folder, line)
         self._head.set()
+        with contextlib.suppress(OSError):  # a full disk is the failure itself, perhaps
+            write_failure(self._folder, line)

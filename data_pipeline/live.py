@@ -4,6 +4,7 @@ The folder is that of `data prepare`. Beside the shards it holds `live.json`, wh
 shard, and after a failure `live-failed.json`, which everyone who waits finds.
 """
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from spikescale.data_pipeline.manifest import (
+    FILE,
     TOKENIZER_FOLDER,
     TokenizerInfo,
     Totals,
     live_identity,
     total,
 )
-from spikescale.data_pipeline.shards import ShardInfo, finished_shard
+from spikescale.data_pipeline.shards import ShardInfo, finished_shard, shard_path
 from spikescale.errors import UserError
 from spikescale.files import read_json, write_json
 
@@ -29,6 +31,7 @@ FAILED = "live-failed.json"
 LOG = "producer.log"
 VERSION = 1
 POLL_SECONDS = 0.1
+UNUSABLE_SECONDS = 15.0  # of looking again, before a damaged shard is given up
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class LiveDataset:
     def shards(self, split: str) -> list[ShardInfo]:
         """The shards of the first `lead` partitions, which are there from the start: for validation."""
         if split not in self._lead:
-            self._lead[split] = self.shards_between(split, 0, self._head.lead)
+            # Not asked for: the look-ahead would count from them.
+            self._lead[split] = self._wait_for(split, 0, self._head.lead)
         return self._lead[split]
 
     def totals(self, split: str) -> Totals:
@@ -139,16 +143,28 @@ class LiveDataset:
 
         Raises UserError when making them has failed, or the wait is interrupted.
         """
+        self._needs(first, stop)
+        return self._wait_for(split, first, stop)
+
+    def _wait_for(self, split: str, first: int, stop: int) -> list[ShardInfo]:
         missing = [number for number in range(first, stop) if (split, number) not in self._found]
-        if missing:
-            self._needs(first, stop)
+        unusable = 0.0  # seconds that a shard has been there, or should be, and is not what it should be
         while missing:
             # In the order in which they are made: the first one tells whether to look for the others.
-            if not self._look_for(split, missing[0]):
-                self._check()
-                time.sleep(POLL_SECONDS)
+            if self._look_for(split, missing[0]):
+                missing.pop(0)
+                unusable = 0.0
                 continue
-            missing.pop(0)
+            self._check()
+            path = shard_path(self.folder, split, missing[0])
+            if path.with_suffix(".json").exists() or (self.folder / FILE).exists():
+                unusable += POLL_SECONDS
+                if unusable > UNUSABLE_SECONDS:
+                    raise UserError(
+                        f"{path}: is missing or not what its sidecar says; remove {path.with_suffix('.json')}"
+                        " and start again, then it is made anew"
+                    )
+            time.sleep(POLL_SECONDS)
         found = (self._found[split, number] for number in range(first, stop))
         return [shard for shard in found if shard.tokens]
 
@@ -161,7 +177,12 @@ class LiveDataset:
 
     def _look_for(self, split: str, number: int) -> bool:
         # Every byte is read once, here: what came back from the disk is what was written.
-        shard = finished_shard(self.folder, split, number, {"request": self._head.request})
+        try:
+            shard = finished_shard(self.folder, split, number, {"request": self._head.request})
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):  # renamed while it was looked at
+                return False
+            raise UserError(f"{shard_path(self.folder, split, number)}: cannot be read ({error})") from None
         if shard is None:
             return False
         self._found[split, number] = shard

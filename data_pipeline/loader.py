@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from spikescale.data_pipeline.stream import TokenStream
 
 READ_AHEAD = 2  # optimizer steps
-WAIT_SECONDS = 1.0  # between two calls of `on_wait`
 
 
 class Loader(Iterator[list[torch.Tensor]]):
@@ -59,8 +58,6 @@ class Loader(Iterator[list[torch.Tensor]]):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.wait_seconds = 0.0
-        # Called now and then while a step has to be waited for, with the seconds so far.
-        self.on_wait: Callable[[float], None] = lambda seconds: None
         self._rank = rank
         self._samples = 0  # of the stream, over all ranks, that the consumer has received
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=READ_AHEAD)
@@ -75,7 +72,7 @@ class Loader(Iterator[list[torch.Tensor]]):
         if self._thread is None:
             self._start()
         began = time.perf_counter()
-        rows = self._wait(began)
+        rows = self._queue.get()
         self.wait_seconds += time.perf_counter() - began
         if isinstance(rows, BaseException):
             self.close()
@@ -83,12 +80,20 @@ class Loader(Iterator[list[torch.Tensor]]):
         self._samples += self.batch_size
         return list(rows.split(self.micro_batch_size))
 
-    def _wait(self, began: float) -> Any:
-        while True:
-            try:
-                return self._queue.get(timeout=WAIT_SECONDS)
-            except queue.Empty:
-                self.on_wait(time.perf_counter() - began)
+    def ready(self, seconds: float) -> bool:
+        """Whether the next step can be had, or it is known why not; waits so long at most."""
+        if self._thread is None:
+            self._start()
+        began = time.perf_counter()
+        with self._queue.not_empty:
+            there = self._queue.not_empty.wait_for(lambda: len(self._queue.queue) > 0, timeout=seconds)
+        self.wait_seconds += time.perf_counter() - began
+        return there
+
+    @property
+    def samples(self) -> int:
+        """Samples of the stream, over all ranks, that were received."""
+        return self._samples
 
     def state_dict(self, behind: int = 0) -> dict[str, Any]:
         """The position, counting only what was received, and what the position refers to.
@@ -104,11 +109,13 @@ class Loader(Iterator[list[torch.Tensor]]):
         self.stream.restore(state)
         self._samples = int(state["samples"])
 
-    def sources(self, number: int) -> np.ndarray | None:
-        """Of a mixture, the source of each of this rank's samples in step `number`, from 1; int64."""
+    def sources(self, first: int) -> np.ndarray | None:
+        """Of a mixture, the source of each of this rank's samples in a step; int64.
+
+        first: the step's first sample.
+        """
         sources_of = getattr(self.stream, "sources", None)
-        first = (number - 1) * self.batch_size + self._rank * self._share
-        return None if sources_of is None else sources_of(first, self._share)
+        return None if sources_of is None else sources_of(first + self._rank * self._share, self._share)
 
     def close(self) -> None:
         """Stop reading ahead. Iterating again continues at the same position."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spikescale.data_pipeline.clean import CleanSettings
-from spikescale.data_pipeline.live import FAILED, Head, write_failure
+from spikescale.data_pipeline.live import FAILED, Head
 from spikescale.data_pipeline.manifest import TokenizerInfo
 from spikescale.data_pipeline.order import EpochOrder
 from spikescale.data_pipeline.pools import Supervisor
@@ -151,7 +151,7 @@ class Producer:
         source = open_source(job.source, catalogs=[Path(path) for path in job.catalogs], **job.options)
         with opened_job(source, folder, settings) as opened:
             if opened.complete():
-                self._answer({"kind": "complete"})
+                self.answer({"kind": "complete"})
                 return
             lead = self._make_lead(opened)
             tokenizer = opened.tokenizer
@@ -159,9 +159,9 @@ class Producer:
             partitions = len(opened.partitions)
             head = Head(opened.request, opened.source, partitions, opened.dtype.name, info, lead)
             head.write(opened.folder)
-            self._answer({"kind": "head", "partitions": partitions})
+            self.answer({"kind": "head", "partitions": partitions})
             opened.finish(self._make(opened))
-        self._answer({"kind": "complete"})
+        self.answer({"kind": "complete"})
 
     def _make_lead(self, job: Job) -> int:
         """Make the first shards, until they have the validation tokens that the run looks at; how many."""
@@ -172,7 +172,7 @@ class Producer:
             with Progress("", [0] * len(job.tasks), quiet=True) as progress:
                 results = job.pool.run(job.tasks[first : first + max(1, job.settings.workers)], progress)
             made += [sum(shard.tokens for shard in found if shard.split == "valid") for found in results]
-            self._answer({"kind": "progress", "done": len(made), "of": len(job.tasks), "seconds": {}})
+            self.answer({"kind": "progress", "done": len(made), "of": len(job.tasks), "seconds": {}})
         # No more than it takes, whatever the number of workers: what is evaluated must not depend on it.
         while made and sum(made[:-1]) >= wanted:
             made.pop()
@@ -180,7 +180,7 @@ class Producer:
 
     def _make(self, job: Job) -> list[ShardInfo]:
         order = reading_order(len(job.partitions), self._job.seed, self._job.shuffle_window)
-        ahead = LookAhead(order, self._job.ahead_shards, self._job.ahead_bytes, self._answer)
+        ahead = LookAhead(order, self._job.ahead_shards, self._job.ahead_bytes, self.answer)
         with self._lock:
             self._ahead = ahead
             for first, stop in self._needs:
@@ -209,10 +209,11 @@ class Producer:
         while True:
             if ahead.held != told:
                 told = ahead.held
-                self._answer({"kind": "holding", "on": told})
+                self.answer({"kind": "holding", "on": told})
             time.sleep(IDLE_SECONDS)
 
-    def _answer(self, content: Mapping[str, Any]) -> None:
+    def answer(self, content: Mapping[str, Any]) -> None:
+        """Say something to the other side, from any thread."""
         with self._lock:
             print(json.dumps(content), file=self._answers, flush=True)
 
@@ -237,15 +238,15 @@ class _NoShards:
 
 def main() -> int:
     """The process: its job from standard input; the exit code."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever else prints must not come between the answers
+    # Whatever else prints, a library in C or a child among them, must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     job = ProducerJob(**json.loads(sys.stdin.readline()))
+    producer = Producer(job, sys.stdin, answers)
     try:
-        Producer(job, sys.stdin, answers).run()
+        producer.run()
     except UserError as error:
-        if Path(job.output).is_dir():
-            write_failure(Path(job.output), str(error))
-        print(json.dumps({"kind": "error", "error": str(error)}), file=answers, flush=True)
+        producer.answer({"kind": "error", "error": str(error)})
         return error.exit_code
     except KeyboardInterrupt:
         return 0

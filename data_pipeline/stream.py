@@ -124,11 +124,12 @@ class TokenStream:
     def position(self, index: int) -> dict[str, Any]:
         """What sample number `index` refers to: the order, the data set, and the epoch it lies in.
 
-        Never waits: where an epoch's end is not known yet, `index` is taken to lie in it.
+        Never waits: where an epoch's end is not known yet, `index` is taken to lie in it, or to be its end.
         """
         span = max((span for span in self._spans if span.start <= index), key=lambda span: span.start)
         epoch, start = span.epoch, span.start
-        if length := span.order.known_length:
+        length = span.order.length() if self.manifest.complete else span.order.known_length
+        if length:
             more = (index - start) // length
             epoch, start = epoch + more, start + more * length
         return {

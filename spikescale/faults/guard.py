@@ -91,6 +91,22 @@ class Guard:
         """While the block runs, what it does may take long."""
         return self.watchdog.patience(phase) if self.watchdog else contextlib.nullcontext()
 
+    def agree_on_waiting(
+        self, process: Process, device: torch.device, ready: bool, failed: bool
+    ) -> tuple[bool, str | None]:
+        """Whether waiting for the next batch is over, and why the run is to stop, the same on all ranks.
+
+        It is over when every rank has its part, or any cannot have it. Every rank calls it, again and again.
+        """
+        self.beat()
+        asked = [self.stop.reason == reason for reason in REASONS]
+        flags = torch.tensor([*asked, not ready, failed], dtype=torch.float32).to(device)
+        if process.world_size > 1:
+            torch.distributed.all_reduce(flags)
+        counts = flags.tolist()
+        stop = next((reason for reason, count in zip(REASONS, counts, strict=False) if count), None)
+        return counts[-2] == 0 or counts[-1] > 0, stop
+
     def agree(self, process: Process, loss: torch.Tensor, unreadable: bool, unsaved: bool) -> Agreement:
         """Tell the other ranks, and hear from them. loss: this rank's, a float32 scalar."""
         asked = [self.stop.reason == reason for reason in REASONS]

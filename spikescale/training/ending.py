@@ -17,9 +17,7 @@ def end_process(code: int) -> NoReturn:
     that allows no unwinding: SIGABRT after a run that had finished (pytorch/pytorch#179291). Without the
     taking down there is nothing to race with.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: hooks, then threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

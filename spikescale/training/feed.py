@@ -18,6 +18,7 @@ class Feed:
         self.loader = loader
         self.error: UserError | None = None
         self.number = 0  # of the batch taken last, counted from 1 along the data
+        self.first = 0  # its first sample, over all ranks
         self._next: list[torch.Tensor] | None = None
 
     @property
@@ -33,6 +34,10 @@ class Feed:
             except UserError as error:
                 self.error = error
 
+    def ready(self, seconds: float) -> bool:
+        """Whether `read_ahead` would not have to wait; waits so long at most."""
+        return self._next is not None or self.error is not None or self.loader.ready(seconds)
+
     def check(self) -> None:
         """Raise the UserError for which the next batch could not be read, if it could not."""
         if self.error is not None:
@@ -42,7 +47,8 @@ class Feed:
         """This rank's part of the next step: tensors (micro_batch_size, T + 1), int64. Raises UserError."""
         self.read_ahead()
         self.check()
-        self.number = self.loader.state_dict()["samples"] // self.loader.batch_size
+        self.number = self.loader.samples // self.loader.batch_size
+        self.first = self.loader.samples - self.loader.batch_size
         batch, self._next = self._next, None
         assert batch is not None
         return batch

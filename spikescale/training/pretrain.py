@@ -38,6 +38,8 @@ from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_
 from spikescale.training.offload import require_offload
 from spikescale.training.run import Inputs, Pretraining
 
+ROUND_SECONDS = 20.0
+
 
 def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) -> None:
     """Run the pretraining that `config` describes in this process, one of possibly many that have joined.
@@ -57,7 +59,8 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
     verify = config.data.verify if process.local_rank == 0 else "size"
     with contextlib.ExitStack() as held:
         producer = _start_producer(config, process, held)
-        made = from_main(process, lambda: producer is None or producer.complete)
+        streams = config.data.mode == "streaming"
+        made = not streams or from_main(process, lambda: producer is not None and producer.complete)
         data = agreed(process, lambda: Dataset.open(config.data, verify, made, producer))
         _pretrain_on(data, config, process, layout, guard)
 
@@ -68,14 +71,18 @@ def _start_producer(
     """On rank 0, where data are made while they are read: whoever makes them, ready for the first step."""
 
     def start() -> ProducerProcess | None:
-        if config.data.mode != "streaming" or not process.is_main:
+        if not process.is_main:
             return None
         print(f"data {config.data.path}: starting to make it ...", flush=True)
-        producer = held.enter_context(ProducerProcess(producer_job(config)))
-        producer.wait_for_head()
-        return producer
+        return held.enter_context(ProducerProcess(producer_job(config)))
 
-    return agreed(process, start)
+    if config.data.mode != "streaming":
+        return None
+    producer = agreed(process, start)
+    # In rounds: a first pass over a large corpus takes longer than a collective may.
+    while not from_main(process, lambda: producer is None or producer.wait_for_head(ROUND_SECONDS)):
+        pass
+    return producer
 
 
 def _pretrain_on(

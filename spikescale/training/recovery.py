@@ -83,8 +83,10 @@ def end_without_data(run: "Pretraining") -> None:
 def require_data(run: "Pretraining") -> None:
     """Raise AgreedError on every rank when any cannot read the next batch."""
 
+    if reason := run.read_ahead():
+        stop(run, reason)
+
     def check() -> None:
-        run.feed.read_ahead()
         try:
             run.feed.check()
         except UserError as error:

@@ -54,7 +54,8 @@ from spikescale.training.source_losses import SourceLosses
 from spikescale.training.validation import validate
 
 WAIT_SHARE = 0.01  # of the time spent waiting for data, from which on it is told who is slow
-WAIT_TOLD_SECONDS = 10
+WAIT_ROUND_SECONDS = 1.0
+WAIT_TOLD_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,6 @@ class Pretraining:
             self.guard.begin(config.faults, self.process, config.folder, on_hang)
             self.peak = introduce(self)
             self.clock = StepClock(self.loader)
-            self.loader.on_wait = self._on_wait
             self.records.event("start", self.step, ranks=self.process.world_size)
             recovery.require_data(self)
             while self.step < config.train.steps:
@@ -242,7 +242,7 @@ class Pretraining:
         if measure:
             self._monitor_neurons(False)
         self.injector.within_step(self.step + 1)
-        self.feed.read_ahead()
+        self.read_ahead()
         losses /= len(micro_batches)
         agreement = self.guard.agree(self.process, losses, self.feed.failed, self.checkpoints.failed)
         # At other stages DeepSpeed computes the norm within the step, and drops what is not finite.
@@ -279,7 +279,7 @@ class Pretraining:
 
     def _sources_of_rows(self, micro_batches: list[torch.Tensor]) -> list[np.ndarray] | None:
         """The source of each row of each micro-batch, where they are mixed and their logits can be seen."""
-        sources = self.loader.sources(self.feed.number)
+        sources = self.loader.sources(self.feed.first)
         if sources is None or self.fused_loss:
             return None
         length = context_length_at(self.step + 1, self.config.data, self.config.model.context_length)
@@ -332,11 +332,27 @@ class Pretraining:
                 f"step {self.step}: {share:.1%} of the time went to waiting for data: {made}; {slowest}"
             )
 
-    def _on_wait(self, seconds: float) -> None:
-        # Waiting is no hang: what cannot come any more is told by the data set itself.
-        self.guard.beat()
-        if self.data.producer is not None and int(seconds) % WAIT_TOLD_SECONDS == 0:
-            self.console.say(f"step {self.step + 1}: waiting for data, {seconds:.0f} s so far")
+    def read_ahead(self) -> str | None:
+        """Have the next batch, or know that it cannot be had; or stop waiting for it: why the run is to stop.
+
+        Data that are being made are waited for in rounds, in which ranks tell each other that they are alive.
+        """
+        began, told = time.monotonic(), 0.0
+        while self.data.live:
+            ready = self.feed.ready(WAIT_ROUND_SECONDS)
+            if ready:
+                self.feed.read_ahead()
+            over, stop = self.guard.agree_on_waiting(
+                self.process, self.process.device, ready, self.feed.failed
+            )
+            if over or stop:
+                return None if over else stop
+            waited = time.monotonic() - began
+            if waited - told >= WAIT_TOLD_SECONDS:
+                told = waited
+                self.console.say(f"step {self.step}: waiting for data, {waited:.0f} s so far")
+        self.feed.read_ahead()
+        return None
 
     def evaluate(self, split: str, limit: int | None = None) -> dict[str, LanguageModelResult]:
         """Loss over a split of each data set, of about `limit` tokens in all; every rank calls it.
