@@ -39,14 +39,14 @@ class FakeRun:
 def start(tmp_path, monkeypatch):
     """Start the records of a run with some settings, resumed from a step or not."""
     monkeypatch.setattr(module, "MlflowRun", FakeRun)
-    manifest = SimpleNamespace(folder=tmp_path, sha256="abc", tokenizer=SimpleNamespace(kind="byte"))
+    data = SimpleNamespace(folders=str(tmp_path), sha256="abc", tokenizer=SimpleNamespace(kind="byte"))
 
     def start(resumed_at=None, **mlflow):
         config = RunConfig.model_validate(
             {"output": tmp_path / "runs", "data": {"path": tmp_path}, "mlflow": mlflow}
         )
         restored = None if resumed_at is None else {"step": resumed_at, "mlflow_run_id": None}
-        return RunRecords(config, SimpleNamespace(is_main=True, world_size=1), manifest, restored)
+        return RunRecords(config, SimpleNamespace(is_main=True, world_size=1), data, restored)
 
     return start
 
