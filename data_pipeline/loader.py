@@ -114,8 +114,7 @@ class Loader(Iterator[list[torch.Tensor]]):
 
         first: the step's first sample.
         """
-        sources_of = getattr(self.stream, "sources", None)
-        return None if sources_of is None else sources_of(first + self._rank * self._share, self._share)
+        return self.stream.sources(first + self._rank * self._share, self._share)
 
     def close(self) -> None:
         """Stop reading ahead. Iterating again continues at the same position."""

@@ -92,7 +92,8 @@ class LookAhead(Supervisor):
         self._report = report
         self._lock = threading.Lock()
         self._reached = 0  # places before this one are read or being read
-        self._bytes: dict[int, int] = {}  # of finished shards, by place
+        self._bytes: dict[int, int] = {}  # of finished shards from that place on
+        self._done = 0
         self._seconds: dict[str, float] = {}
         self.shards: list[ShardInfo] = []
         self.held = False
@@ -102,11 +103,12 @@ class LookAhead(Supervisor):
         with self._lock:
             places = [self._places[number] for number in range(first, stop) if number in self._places]
             self._reached = max([self._reached, *(place + 1 for place in places)])
+            self._bytes = {place: size for place, size in self._bytes.items() if place >= self._reached}
 
     def admits(self, index: int) -> bool:
         """See Supervisor."""
         with self._lock:
-            waiting = sum(size for place, size in self._bytes.items() if place >= self._reached)
+            waiting = sum(self._bytes.values())
             near = index < self._reached + self._ahead_shards and waiting < self._ahead_bytes
             self.held = not (near or index < self._reached)
             return not self.held
@@ -115,12 +117,12 @@ class LookAhead(Supervisor):
         """See Supervisor."""
         with self._lock:
             self.shards += result
-            self._bytes[index] = sum(
-                shard.path.stat().st_size for shard in result if shard.tokens and shard.path.exists()
-            )
+            self._done += 1
+            if index >= self._reached:
+                self._bytes[index] = sum(shard.path.stat().st_size for shard in result if shard.tokens)
             for stage, amount in seconds.items():
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + amount
-            done = len(self._bytes)
+            done = self._done
         self._report({"kind": "progress", "done": done, "of": len(self._numbers), "seconds": self._seconds})
 
 
@@ -148,7 +150,10 @@ class Producer:
                 "quiet": True,
             }
         )
-        source = open_source(job.source, catalogs=[Path(path) for path in job.catalogs], **job.options)
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()
+        }
+        source = open_source(job.source, catalogs=[Path(path) for path in job.catalogs], **options)
         with opened_job(source, folder, settings) as opened:
             if opened.complete():
                 self.answer({"kind": "complete"})

@@ -117,6 +117,9 @@ class TokenStream:
                 f" vocabulary ends at {self.manifest.tokenizer.vocab_size - 1}: the file was damaged"
             )
 
+    def sources(self, start: int, count: int) -> None:
+        """Nothing to tell apart: see `Blend.sources`."""
+
     def batch(self, index: int, batch_size: int) -> torch.Tensor:
         """Batch `index` of `batch_size` samples: a (batch_size, T + 1) int64 tensor."""
         return self.rows(index * batch_size, batch_size)

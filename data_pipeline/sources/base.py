@@ -1,10 +1,12 @@
 """What every source of text offers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from spikescale.errors import UserError
+
+QUARANTINED_RECORD_MIB = 64.0
 
 EXCERPT_BYTES = 200  # of a bad record, that are shown
 
@@ -113,6 +115,34 @@ class ReadOptions:
         if self.metadata_keys:
             options["metadata_keys"] = list(self.metadata_keys)
         return options
+
+
+def chosen_options(
+    bad_records: str,
+    metadata_keys: Sequence[str],
+    partition_mib: float | None,
+    max_record_mib: float | None,
+    **plain: str | None,
+) -> dict[str, Any]:
+    """The fields of `ReadOptions` that a user chose, for `open_source`; the others are the catalogue's.
+
+    plain: fields by name, None where nothing was chosen. A record is too long from 64 MiB on when bad ones
+    are quarantined and nothing else was said. Raises UserError for sizes that are not positive.
+    """
+    chosen: dict[str, Any] = {name: value for name, value in plain.items() if value is not None}
+    if metadata_keys:
+        chosen["metadata_keys"] = tuple(metadata_keys)
+    if bad_records == "quarantine":
+        chosen["bad_records"] = bad_records
+        max_record_mib = QUARANTINED_RECORD_MIB if max_record_mib is None else max_record_mib
+    sizes = {"partition_bytes": partition_mib, "max_record_bytes": max_record_mib}
+    for name, mebibytes in sizes.items():
+        if mebibytes is not None:
+            if mebibytes <= 0:
+                option = name.replace("_", "-").removesuffix("bytes")
+                raise UserError(f"--{option}mib {mebibytes}: must be positive")
+            chosen[name] = max(1, int(mebibytes * (1 << 20)))
+    return chosen
 
 
 def bad_record(

@@ -233,6 +233,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from spikescale.data_pipeline.prepare import PrepareSettings, prepare
     from spikescale.data_pipeline.quarantine import describe_quarantine
     from spikescale.data_pipeline.sources import open_source
+    from spikescale.data_pipeline.sources.base import chosen_options
     from spikescale.data_pipeline.split import SplitSettings
     from spikescale.data_pipeline.tokenizers import parse_spec
 
@@ -265,25 +266,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         quiet=arguments.quiet,
     )
     parse_spec(settings.tokenizer)  # before anything is fetched
-    given = {
-        name: getattr(arguments, name)
-        for name in ("text_key", "split_on", "format", "encoding", "invalid_bytes")
-        if getattr(arguments, name) is not None
-    }
-    if keys:
-        given["metadata_keys"] = keys
-    if arguments.partition_mib is not None:
-        if arguments.partition_mib <= 0:
-            raise UserError(f"--partition-mib {arguments.partition_mib}: must be positive")
-        given["partition_bytes"] = max(1, int(arguments.partition_mib * (1 << 20)))
-    longest = arguments.max_record_mib
-    if arguments.bad_records == "quarantine":
-        given["bad_records"] = arguments.bad_records
-        longest = 64.0 if longest is None else longest
-    if longest is not None:
-        if longest <= 0:
-            raise UserError(f"--max-record-mib {longest}: must be positive")
-        given["max_record_bytes"] = max(1, int(longest * (1 << 20)))
+    names = ("text_key", "split_on", "format", "encoding", "invalid_bytes")
+    given = chosen_options(
+        arguments.bad_records,
+        keys,
+        arguments.partition_mib,
+        arguments.max_record_mib,
+        **{name: getattr(arguments, name) for name in names},
+    )
     source = open_source(arguments.source, catalogs=arguments.catalog, **given)
     manifest = prepare(source, arguments.output, settings)
     print(_table(manifest))

@@ -13,6 +13,7 @@ from spikescale.data_pipeline.feeder import ProducerProcess
 from spikescale.data_pipeline.live import LiveDataset
 from spikescale.data_pipeline.manifest import Manifest, TokenizerInfo, Totals, load_manifest, total
 from spikescale.data_pipeline.producer import ProducerJob, clean_settings
+from spikescale.data_pipeline.sources.base import chosen_options
 from spikescale.data_pipeline.stream import TokenStream
 from spikescale.errors import UserError
 
@@ -137,9 +138,8 @@ def producer_job(config: RunConfig) -> ProducerJob:
     assert stream is not None and data.path is not None  # the schema says so
     folder = Path(data.path).absolute()
     names = ("text_key", "split_on", "format", "encoding")
-    options = {name: getattr(stream, name) for name in names if getattr(stream, name) is not None}
-    if stream.partition_mib is not None:
-        options["partition_bytes"] = max(1, int(stream.partition_mib * (1 << 20)))
+    plain = {name: getattr(stream, name) for name in names}
+    options = chosen_options(stream.bad_records, stream.condition_on, stream.partition_mib, None, **plain)
     split = {"valid_fraction": stream.valid_fraction, "test_fraction": stream.test_fraction}
     return ProducerJob(
         output=str(folder),

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from launching import ROOT, TINY, launch, write_corpus
 
+from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.tracking.metrics_file import read_metrics
 
 SAME = ("loss", "gradient_norm", "lr", "tokens", "firing_rate", "valid_loss")
@@ -127,7 +128,7 @@ def test_a_producer_that_is_killed_is_started_again(tmp_path: Path, corpus: Path
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_text_that_turns_out_bad_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"document {number} " + "word " * 60}) for number in range(200)]
+    lines = [json.dumps({"text": f"document {number} " + "word " * 60, "kind": "x"}) for number in range(200)]
     lines[180] = "{not json"
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     live = streaming(tmp_path, tmp_path / "corpus.jsonl", look_ahead_shards=1)
@@ -137,3 +138,17 @@ def test_text_that_turns_out_bad_ends_all_ranks_with_one_line(tmp_path: Path) ->
     said = [line for line in done.stderr.splitlines() if "corpus.jsonl, line 181" in line]
     assert len(said) == 1 and "not valid JSON" in said[0]
     assert list((tmp_path / "runs" / "live" / "checkpoints").glob("step-*"))
+    # With a quarantine the same text is trained on, with conditions from its keys in front.
+    live = streaming(
+        tmp_path,
+        tmp_path / "corpus.jsonl",
+        bad_records="quarantine",
+        max_bad_share=0.5,
+        condition_on=["kind"],
+        look_ahead_shards=100,
+    )
+    live["path"] = str(tmp_path / "second")
+    launch(["--config", str(run_file(tmp_path, "second", live, steps=400, save_every=0, evaluate_every=0))])
+    bad = [json.loads(line) for path in (tmp_path / "second").glob("quarantine-*") for line in path.open()]
+    assert [record["line"] for record in bad if "line" in record] and len(bad) == 1
+    assert load_manifest(tmp_path / "second").tokenizer.vocab_size == 257
