@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from spikescale.data_pipeline.shards import shard_path
 from spikescale.data_pipeline.sources import Document, Partition
+from spikescale.data_pipeline.sources.base import WrappedPartition
 from spikescale.data_pipeline.split import SPLITS
 from spikescale.errors import UserError
 from spikescale.files import (
@@ -58,25 +59,8 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class SoundPartition:
+class SoundPartition(WrappedPartition):
     """A partition without its bad records, for passes that do not write them down."""
-
-    inner: Partition
-
-    @property
-    def label(self) -> str:
-        """As of the partition."""
-        return self.inner.label
-
-    @property
-    def size_bytes(self) -> int:
-        """As of the partition."""
-        return self.inner.size_bytes
-
-    @property
-    def split(self) -> str | None:
-        """As of the partition."""
-        return self.inner.split
 
     def documents(self) -> Iterator[Document]:
         """The documents without a fault."""

@@ -25,6 +25,7 @@ from spikescale.data_pipeline.quarantine import FACT as QUARANTINE
 from spikescale.data_pipeline.quarantine import Quarantine, bad_records_intact, quarantine_intact
 from spikescale.data_pipeline.shards import finished_shard
 from spikescale.data_pipeline.sources import Document, Partition
+from spikescale.data_pipeline.sources.base import WrappedPartition
 from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
 from spikescale.errors import UserError
 from spikescale.files import (
@@ -187,7 +188,7 @@ class _Cleaned:
 
 
 @dataclass(frozen=True)
-class CleanedPartition:
+class CleanedPartition(WrappedPartition):
     """A partition that reads the documents which the cleaning pass left, without the duplicates.
 
     Attributes:
@@ -195,7 +196,6 @@ class CleanedPartition:
         fates, keepers: of each document there, see `duplicates.Join`; empty when none were sought.
     """
 
-    inner: Partition
     folder: Path
     number: int
     texts: Path
@@ -203,21 +203,6 @@ class CleanedPartition:
     fates: np.ndarray = field(repr=False)
     keepers: np.ndarray = field(repr=False)
     record: Record | None = None
-
-    @property
-    def label(self) -> str:
-        """See Partition."""
-        return self.inner.label
-
-    @property
-    def size_bytes(self) -> int:
-        """See Partition."""
-        return self.inner.size_bytes
-
-    @property
-    def split(self) -> str | None:
-        """See Partition."""
-        return self.inner.split
 
     def documents(self) -> Iterator[Document]:
         """See Partition. Where `record` is set, duplicates are counted in it."""

@@ -53,6 +53,28 @@ class Partition(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class WrappedPartition:
+    """A partition that stands for another one and reads it, or what became of it, in its own way."""
+
+    inner: Partition
+
+    @property
+    def label(self) -> str:
+        """As of the partition."""
+        return self.inner.label
+
+    @property
+    def size_bytes(self) -> int:
+        """As of the partition."""
+        return self.inner.size_bytes
+
+    @property
+    def split(self) -> str | None:
+        """As of the partition."""
+        return self.inner.split
+
+
 class Source(Protocol):
     """A named collection of text that can list its partitions."""
 
