@@ -3,9 +3,12 @@
 import contextlib
 import logging
 import os
+import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from spikescale.data_pipeline import stages
@@ -13,6 +16,7 @@ from spikescale.errors import UserError
 
 POLL_SECONDS = 0.5
 DEATHS = 4  # of workers over one task, before it is given up
+DEATH_PAUSE_SECONDS = 0.25  # after the first of them, twice as long after each further one
 HOLD_SECONDS = 0.05  # between two questions whether the next task may begin
 
 logger = logging.getLogger(__name__)
@@ -178,13 +182,12 @@ class RayPool:
                     well, result, counts, seconds = ray.get(reference)
                 except ray.exceptions.RayActorError as error:
                     deaths[index] += 1
-                    reason = " ".join(str(error).split())[:200]
                     if deaths[index] == DEATHS:
-                        raise UserError(
-                            f"partition {index}: its Ray worker died again and again ({reason})"
-                        ) from None
+                        raise UserError(_given_up(index, " ".join(str(error).split()))) from None
                     logger.warning("partition %d: its Ray worker died, a new one repeats it", index)
                     ray.kill(workers[position])  # it may be cut off from here only
+                    # Where it ran may still be going down, and take the new one along.
+                    time.sleep(DEATH_PAUSE_SECONDS * 2 ** (deaths[index] - 1))
                     asked = {asking: other for asking, other in asked.items() if other != position}
                     workers[position] = new_worker()
                     running[workers[position].execute.remote(tasks[index])] = (index, position)
@@ -207,6 +210,41 @@ class RayPool:
         return results
 
 
+def _given_up(index: int, reason: str) -> str:
+    """The line of an error about workers that died, by what Ray says of the last one."""
+    if "all references to the actor were removed" in reason:
+        # This process holds the reference: what failed is Ray's asking for it.
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        return (
+            f"partition {index}: the Ray cluster gets no answer from this process and ends its workers; "
+            f"RAY_AUTH_MODE (here: {mode}) and the token must be those the cluster was started with"
+        )
+    return f"partition {index}: its Ray worker died again and again ({reason[:200]})"
+
+
+def _agree_on_token(address: str | None) -> None:
+    """Have one token on this machine, and show it to a cluster that was started where it is known.
+
+    Ray asks for a token where RAY_AUTH_MODE says so. Unset, a local Ray turns the mode on and writes a token
+    into the home folder, each process its own if two begin at once; `ray start` turns it on where there is a
+    token; connecting leaves it off, and a cluster that asks refuses. What the environment says stays.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or "ray" in sys.modules:
+        return  # chosen by the user, or too late: Ray reads it when it is imported
+    known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    path = Path.home() / ".ray" / "auth_token"
+    if address is None and not known and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".auth_token-{os.getpid()}")
+        aside.touch(mode=0o600)
+        aside.write_text(secrets.token_hex(32), encoding="ascii")
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)  # whole, and the first one stays
+        aside.unlink()
+    if known or path.exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
 @contextlib.contextmanager
 def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
     """A pool on Ray: the running one of this process if any, the cluster at `address`, or a fresh local one.
@@ -216,6 +254,7 @@ def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
     # These are read by Ray when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _agree_on_token(address)
     try:
         import ray
     except ImportError as error:
@@ -232,7 +271,12 @@ def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
         except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own kinds
             where = f"the Ray cluster at {address}" if address else "a local Ray"
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"cannot start or reach {where} ({reason}); --no-ray works without") from None
+            token = (
+                "; its token is needed here too (RAY_AUTH_TOKEN_PATH), if it asks for one" if address else ""
+            )
+            raise UserError(
+                f"cannot start or reach {where} ({reason}){token}; --no-ray works without"
+            ) from None
         logger.info("Ray is up after %.1f s", time.monotonic() - began)
     try:
         cores = int(ray.cluster_resources().get("CPU", 0))

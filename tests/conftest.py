@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 # Two test processes on two cores must not each start two threads; must be set before torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's processes ask each other for a token, and take the mode from the environment when they start. One
+# token for all test processes: left alone, the first local Ray writes one into the home folder and turns
+# the mode on in its own process, and what was started before or in another environment answers no more.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def pytest_configure(config: pytest.Config) -> None:
