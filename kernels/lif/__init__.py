@@ -1,12 +1,13 @@
-"""Leaky integrate-and-fire neuron along the token axis: `lif`."""
+"""Leaky integrate-and-fire neuron along the token axis: `lif`, and with graded spikes `graded_lif`."""
 
 import torch
 from torch import Tensor
 
 from spikescale.kernels.backend import choose_backend
+from spikescale.kernels.lif.graded import graded_lif
 from spikescale.kernels.lif.reference import lif_reference
 
-__all__ = ["lif"]
+__all__ = ["graded_lif", "lif"]
 
 
 def lif(

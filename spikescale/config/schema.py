@@ -36,6 +36,32 @@ class NeuronConfig(Strict):
     soft_reset: bool = False
     detach_reset: bool = False
     surrogate_alpha: Annotated[float, Field(gt=0)] = 2.0
+    learn_tau: bool = False  # a time constant for each channel, learnt, from tau on (Fang et al. 2021)
+    learn_threshold: bool = False  # a threshold for each channel, learnt, from v_threshold on
+    bits: Annotated[int, Field(ge=1, le=8)] = 1  # graded spikes: whole numbers from 0 to 2^bits - 1
+    signed: bool = False  # spikes have a sign: from -(2^bits - 1) to 2^bits - 1
+    normalise_current: bool = False  # divide each token's currents by their root mean square over channels
+
+    @property
+    def levels(self) -> int:
+        """The largest spike."""
+        return int(2**self.bits - 1)
+
+    @property
+    def learned(self) -> bool:
+        """Whether neurons have parameters."""
+        return self.learn_tau or self.learn_threshold
+
+    @property
+    def plain(self) -> bool:
+        """Whether all is as in SpikeGPT: fixed constants, spikes of 0 and 1, currents as they come."""
+        return not (self.learned or self.bits > 1 or self.signed or self.normalise_current)
+
+    @model_validator(mode="after")
+    def _learnable(self) -> "NeuronConfig":
+        if self.learn_tau and self.tau == 1:
+            raise ValueError("learn_tau needs tau > 1: it learns a number from 1 on, and 1 is its border")
+        return self
 
 
 class ModelConfig(Strict):
@@ -57,6 +83,13 @@ class ModelConfig(Strict):
     def _float_embedding_without_neurons(self) -> "ModelConfig":
         if self.variant == "rwkv" and self.binary_embedding:
             raise ValueError("variant rwkv has no neurons: binary_embedding must be false")
+        return self
+
+    @model_validator(mode="after")
+    def _neurons_to_change(self) -> "ModelConfig":
+        if self.variant in ("rwkv", "heaviside-rwkv") and not self.neuron.plain:
+            changed = ", ".join(sorted(self.neuron.model_dump(exclude_defaults=True)))
+            raise ValueError(f"variant {self.variant} has no membranes, for which neuron.{changed} are meant")
         return self
 
 
@@ -235,6 +268,9 @@ class TrainConfig(Strict):
     clip: Annotated[float, Field(ge=0)] = 1.0  # norm of the whole gradient; 0: no clipping
     logit_regulariser: Annotated[float, Field(ge=0)] = 1e-4
     loss_mask: Literal["none", "document-start"] = "none"  # do not learn to guess how a document begins
+    distill_from: Path | None = None  # a trained model whose predictions are learnt beside the text
+    distill_weight: Fraction = 0.5  # of the divergence from them; the text's loss has the rest
+    distill_temperature: Annotated[float, Field(gt=0)] = 1.0  # both logits are divided by it
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # auto: bfloat16 where the hardware has it
     activation_checkpointing: bool = False  # recompute blocks in backward instead of keeping activations
     compact_activations: bool = True  # keep spikes as bits and recomputed blocks' inputs as counts of spikes
@@ -301,6 +337,19 @@ class RunConfig(Strict):
                 f"parallel.context does not work with zero.stage {self.zero.stage}, in which ranks wait for"
                 " one another while backward runs: use stage 1"
             )
+        neuron = self.model.neuron
+        if tensor > 1 and (neuron.learned or neuron.normalise_current):
+            raise ValueError(
+                "parallel.tensor does not work with model.neuron.learn_tau, learn_threshold or"
+                " normalise_current"
+            )
+        if self.train.distill_from is not None:
+            if max(tensor, context) > 1:
+                raise ValueError("train.distill_from does not work with parallel.tensor or parallel.context")
+            if self.train.loss_mask != "none" or self.train.fused_loss == "on":
+                raise ValueError(
+                    "train.distill_from does not work with train.loss_mask or train.fused_loss = on"
+                )
         if self.model.width % tensor:
             raise ValueError(f"parallel.tensor = {tensor} does not divide model.width = {self.model.width}")
         if self.model.context_length % context:

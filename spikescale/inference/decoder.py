@@ -117,6 +117,8 @@ def obstacle_to_decoding(model: nn.Module) -> str:
         return f"it is on {weight.device.type}, not on the CPU"
     if weight.dtype != torch.float32:
         return f"its weights are {str(weight.dtype).removeprefix('torch.')}, not float32"
+    if not config.neuron.plain:
+        return "its neurons are learned, graded, signed or read normalised currents"
     if type(model.head) is not nn.Linear or weight.shape != (config.vocab_size, config.width):
         return "its weights are spread over processes"
     return ""

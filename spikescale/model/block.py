@@ -19,7 +19,7 @@ def output_neuron(config: ModelConfig) -> nn.Module:
         return NoNeuron()
     if config.variant == "heaviside-rwkv":
         return Heaviside(config.neuron)
-    return LIF(config.neuron, config.backend)
+    return LIF(config.neuron, config.width, config.backend)
 
 
 class Block(nn.Module):
@@ -35,6 +35,7 @@ class Block(nn.Module):
         super().__init__()
         self.width, self.dropout, self.layers = config.width, config.dropout, config.layers
         self.backend = config.backend
+        self.largest_spike = config.neuron.levels
         self.adds_spikes = config.variant not in ("rwkv", "spikegpt-driven")
         self.ln0 = LayerNorm(config.width, config.backend) if index == 0 else None
         self.ln1 = LayerNorm(config.width, config.backend)
@@ -61,7 +62,7 @@ class Block(nn.Module):
         if self.ln0 is None:
             return x
         x = self.ln0(x)
-        return on_grid(x, self.layers) if self.adds_spikes else x
+        return on_grid(x, self.layers * self.largest_spike) if self.adds_spikes else x
 
     def forward(
         self,
@@ -100,7 +101,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, BlockState]:
         """(x + neuron(mixed) after dropout, it normalised, the neuron's new state)."""
         neuron = getattr(self, name)
-        if not isinstance(neuron, LIF) or neuron.is_observed():
+        if not isinstance(neuron, LIF) or neuron.stands_alone():
             spikes, entry = fire(neuron, name, mixed, state, reset)
             x = x + spikes
             if dropout:

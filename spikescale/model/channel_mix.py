@@ -40,8 +40,12 @@ class ChannelMix(nn.Module):
         spiking = {"spikegpt-b": ("activation",), "spikegpt-driven": ("key", "receptance", "value")}
         places = spiking.get(config.variant, ())
         self.neurons = nn.ModuleDict(
-            {key: LIF(config.neuron, config.backend) if key in places else NoNeuron() for key in self.widths}
+            {
+                key: LIF(config.neuron, here, config.backend) if key in places else NoNeuron()
+                for key, here in self.widths.items()
+            }
         )
+        self.binary = config.neuron.bits == 1 and not config.neuron.signed
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         """The state of `batch` sequences before their first token."""
@@ -63,7 +67,8 @@ class ChannelMix(nn.Module):
             return out
 
         def driven_by(key: str, values: Tensor, spikes: bool) -> Tensor:
-            return project(getattr(self, key), drive(key, values), spikes and self.pack_spikes)
+            packed = spikes and self.binary and self.pack_spikes
+            return project(getattr(self, key), drive(key, values), packed)
 
         # Neurons read their currents in float32.
         dtype = None if driven else projection_dtype(x)

@@ -40,6 +40,10 @@ def initial_value(name: str, shape: torch.Size | tuple[int, ...], config: ModelC
     layer, local = (int(match[1]), match[2]) if match else (0, name)
     if re.fullmatch(r"ln(0|1|2|_out)\.(weight|bias)", local):
         return torch.ones(shape) if local.endswith("weight") else torch.zeros(shape)
+    if local.endswith(".tau_logit"):
+        return torch.full(shape, -math.log(config.neuron.tau - 1))
+    if local.endswith(".log_threshold"):
+        return torch.full(shape, math.log(config.neuron.v_threshold))
     if local in _ZERO:
         return torch.zeros(shape)
     if local in _GAINS:

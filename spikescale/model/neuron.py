@@ -4,22 +4,32 @@ All three are called as `spikes, v = neuron(x, v, reset)` with x (B, T, C), and 
 whether `v` (B, C) is a membrane to be kept between calls (None otherwise).
 """
 
+import functools
+import logging
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from spikescale.config.schema import NeuronConfig
-from spikescale.kernels.lif import lif
+from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.surrogate import heaviside
+
+CURRENT_EPS = 1e-6  # added to the mean square of currents that are normalised
+
+logger = logging.getLogger("spikescale.model")
 
 
 class Neuron(nn.Module):
     """Base of the neurons that fire: records firing rates while `monitor` is on.
 
-    `channel_rates` is the mean over batch and time of the spikes of the last call, float32 (C,) on their
-    device, and `firing_rate` the mean of that, a scalar; NaN before the first monitored call.
+    `channel_rates` is the mean over batch and time of the spikes of the last call (of graded ones: of whether
+    there was one), float32 (C,) on their device, and `firing_rate` the mean of that, a scalar; NaN before the
+    first monitored call.
     """
 
     stateful = False
+    binary = True  # spikes are 0 or 1
     channel_rates: Tensor
 
     def __init__(self) -> None:
@@ -35,40 +45,86 @@ class Neuron(nn.Module):
     def record(self, spikes: Tensor) -> None:
         """Keep the firing rates of `spikes` (B, T, C) if they are monitored."""
         if self.monitor:
-            self.channel_rates = spikes.detach().float().flatten(0, -2).mean(0)
+            fired = spikes.detach() if self.binary else spikes.detach() != 0
+            self.channel_rates = fired.float().flatten(0, -2).mean(0)
 
 
 class LIF(Neuron):
-    """Leaky integrate-and-fire neurons, one per channel, along the token axis (SpikeGPT Sec. 3.2)."""
+    """Leaky integrate-and-fire neurons, one per channel, along the token axis (SpikeGPT Sec. 3.2).
+
+    Args:
+        config: what kind; the options beyond SpikeGPT's are described there.
+        width: number of channels (here, where a model is divided).
+        backend: of the operator; graded spikes are composed of torch's operators on all of them.
+
+    With `learn_tau` the parameter `tau_logit` (C,) gives tau = 1 + exp(-tau_logit), and with
+    `learn_threshold` the parameter `log_threshold` (C,) gives v_threshold = exp(log_threshold).
+    """
 
     stateful = True
 
-    def __init__(self, config: NeuronConfig, backend: str = "auto") -> None:
+    def __init__(self, config: NeuronConfig, width: int, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        self.binary = config.bits == 1 and not config.signed
+        if config.learn_tau:
+            self.tau_logit = nn.Parameter(torch.empty(width))
+        if config.learn_threshold:
+            self.log_threshold = nn.Parameter(torch.empty(width))
+        if not self.binary:
+            _say_composed()
+
+    def constants(self) -> tuple[float | Tensor, float | Tensor]:
+        """(tau, v_threshold): numbers, or what has been learnt, (C,)."""
+        config = self.config
+        tau = 1 + torch.exp(-self.tau_logit) if config.learn_tau else config.tau
+        threshold = torch.exp(self.log_threshold) if config.learn_threshold else config.v_threshold
+        return tau, threshold
+
+    def current(self, x: Tensor) -> Tensor:
+        """What drives the membrane when x (B, T, C) arrives."""
+        if not self.config.normalise_current:
+            return x
+        # In float32 whatever x is: a mean of squares of bfloat16 loses what the threshold decides on.
+        wide = x if x.dtype == torch.float64 else x.float()
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + CURRENT_EPS)
 
     def forward(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Spikes (B, T, C) in x's dtype and the final membrane (B, C)."""
         config = self.config
-        spikes, v = lif(
-            x,
-            v,
-            tau=config.tau,
-            v_threshold=config.v_threshold,
-            v_reset=config.v_reset,
-            soft_reset=config.soft_reset,
-            detach_reset=config.detach_reset,
-            surrogate_alpha=config.surrogate_alpha,
-            reset=reset,
-            backend=self.backend,
-        )
+        tau, threshold = self.constants()
+        options: dict[str, Any] = {
+            "v_reset": config.v_reset,
+            "soft_reset": config.soft_reset,
+            "detach_reset": config.detach_reset,
+            "surrogate_alpha": config.surrogate_alpha,
+        }
+        current = self.current(x)
+        if self.binary:
+            spikes, v = lif(
+                current, v, tau=tau, v_threshold=threshold, reset=reset, backend=self.backend, **options
+            )
+        else:
+            spikes, v = graded_lif(
+                current,
+                v,
+                levels=config.levels,
+                signed=config.signed,
+                tau=tau,
+                v_threshold=threshold,
+                reset=reset,
+                reference=self.backend == "reference",
+                **options,
+            )
+        spikes = spikes.to(x.dtype)
         self.record(spikes)
         return spikes, v
 
-    def is_observed(self) -> bool:
-        """Whether something hangs on this module's call, so that its spikes must not be fused away."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+    def stands_alone(self) -> bool:
+        """Whether it must be called and not fused: something hangs on its call, or it is no plain one."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        return bool(hooks) or not self.config.plain
 
     def record_firing(self, x: Tensor, v: Tensor | None, reset: Tensor | None) -> None:
         """Record the firing rate that a call would, if it is monitored: for fused neurons."""
@@ -78,7 +134,14 @@ class LIF(Neuron):
 
     def extra_repr(self) -> str:
         """Shown in the model's printout."""
-        return f"tau={self.config.tau}, v_threshold={self.config.v_threshold}"
+        changed = self.config.model_dump(exclude_defaults=True)
+        shown = {"tau": self.config.tau, "v_threshold": self.config.v_threshold, **changed}
+        return ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+@functools.cache
+def _say_composed() -> None:
+    logger.info("graded spikes: no kernel has them, they are composed of torch's operators")
 
 
 class Heaviside(Neuron):

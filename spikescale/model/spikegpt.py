@@ -52,7 +52,7 @@ class SpikeGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index, parts) for index in range(config.layers))
         self.ln_out = LayerNorm(config.width, config.backend)
         driven = config.variant == "spikegpt-driven"
-        self.head_neuron = LIF(config.neuron, config.backend) if driven else NoNeuron()
+        self.head_neuron = LIF(config.neuron, config.width, config.backend) if driven else NoNeuron()
         self.head = parts.head(config.width, config.vocab_size)
         self.compact_activations = True
         initialise(self, config, seed, parts)

@@ -44,14 +44,18 @@ class TimeMix(nn.Module):
         self.receptance = parts.column(width, width)
         self.output = parts.row(width, width)
         driven = config.variant == "spikegpt-driven"
+        self.widths = {**dict.fromkeys(PROJECTIONS, width), "output": self.channels}
         self.neurons = nn.ModuleDict(
-            {key: LIF(config.neuron, config.backend) if driven else NoNeuron() for key in PROJECTIONS}
+            {
+                key: LIF(config.neuron, here, config.backend) if driven else NoNeuron()
+                for key, here in self.widths.items()
+            }
         )
+        self.binary = config.neuron.bits == 1 and not config.neuron.signed
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         """The state of `batch` sequences before their first token."""
-        widths = {**dict.fromkeys(PROJECTIONS, self.width), "output": self.channels}
-        neurons = ((f"time_mix.{key}", self.neurons[key], width) for key, width in widths.items())
+        neurons = ((f"time_mix.{key}", self.neurons[key], width) for key, width in self.widths.items())
         return {
             "time_mix.shift": torch.zeros(batch, self.width, device=device, dtype=dtype),
             "time_mix.wkv": initial_state(batch, self.channels, device, dtype),
@@ -67,7 +71,7 @@ class TimeMix(nn.Module):
         def driven_by(key: str, values: Tensor) -> Tensor:
             out, entry = fire(self.neurons[key], f"time_mix.{key}", values, state, reset)
             new_state.update(entry)
-            return project(getattr(self, key), out, driven and self.pack_spikes)
+            return project(getattr(self, key), out, driven and self.binary and self.pack_spikes)
 
         # Neurons read their currents in float32.
         dtype = None if driven else projection_dtype(x)

@@ -40,7 +40,7 @@ def vocabulary(model: ModelConfig) -> int:
 
 
 def parameters(model: ModelConfig) -> list[Parameter]:
-    """All parameters of the model, whatever its variant: neurons have none."""
+    """All parameters of the model; only learned neurons depend on its variant."""
     width, layers, symbols = model.width, model.layers, vocabulary(model)
     inner, square = EXPANSION * width, (width, width)
 
@@ -58,7 +58,26 @@ def parameters(model: ModelConfig) -> list[Parameter]:
         Parameter("time_mix decay, first", (width,), 2 * layers, split=0),
         Parameter("token mixes", (width,), 5 * layers),
         Parameter("layer norms", (width,), 4 * layers + 4),
+        *_neurons(model),
     ]
+
+
+def _neurons(model: ModelConfig) -> list[Parameter]:
+    """What neurons learn: a number or two for each channel of each of them."""
+    each = model.neuron.learn_tau + model.neuron.learn_threshold
+    # Groups of neurons as wide as the model and as ChannelMix within, a layer; and those before the head.
+    narrow, wide, last = {
+        "spikegpt": (2, 0, 0),
+        "spikegpt-b": (2, 1, 0),
+        "spikegpt-driven": (6, 1, 1),
+    }.get(model.variant, (0, 0, 0))
+    if not each or not narrow:
+        return []
+    parts = [Parameter("neurons", (model.width,), each * (narrow * model.layers + last))]
+    if wide:
+        inner = (EXPANSION * model.width,)
+        parts.append(Parameter("inner neurons", inner, each * wide * model.layers))
+    return parts
 
 
 def count(model: ModelConfig, tensor: int = 1) -> int:

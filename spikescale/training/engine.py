@@ -37,6 +37,8 @@ def uses_fused_loss(config: RunConfig, device: torch.device) -> bool:
         obstacle = "parallel.tensor divides the vocabulary over ranks; use train.fused_loss = auto"
     elif config.train.loss_mask != "none":
         obstacle = "train.loss_mask needs the loss of each token; use train.fused_loss = auto"
+    elif config.train.distill_from is not None:
+        obstacle = "train.distill_from needs the logits"
     elif importlib.util.find_spec("fla") is None:
         obstacle = "flash-linear-attention is not installed (pip install 'spikescale[gpu]')"
     if config.train.fused_loss == "on" and obstacle:

@@ -31,6 +31,7 @@ from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_ev
 from spikescale.training.clock import StepClock
 from spikescale.training.console import TrainingConsole
 from spikescale.training.dataset import Dataset
+from spikescale.training.distillation import Teacher
 from spikescale.training.engine import (
     build_engine,
     gradient_norm,
@@ -110,6 +111,7 @@ class Pretraining:
         seed_everything(train.seed, process.rank // layout.tensor)
         self.engine = build_engine(self.model, config, process, layout)
         self.relay = ContextRelay.of(layout)
+        self.teacher = Teacher.of(config, inputs.tokenizer, process.device)
         names = [part.name for part in self.data.parts]
         self.source_losses = SourceLosses(names, self.parts.token_losses, process.device)
         self.tokens_per_step = train.batch_size * model.context_length
@@ -273,6 +275,8 @@ class Pretraining:
         logits, _ = self.engine(tokens, reset=reset, relay=self.relay)
         if sources is not None:
             self.source_losses.add(logits, targets, sources)
+        if self.teacher is not None:
+            return self.teacher.loss(logits, tokens, targets, reset, regulariser)
         if self.config.train.loss_mask != "none":
             return language_model_loss(logits, targets, regulariser, masked=True)
         return self.parts.loss(logits, targets, regulariser)

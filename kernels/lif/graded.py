@@ -1,0 +1,187 @@
+"""Graded spikes: a neuron that fires 0, 1, ..., L at once, or with a sign from -L to L.
+
+    h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau
+    s[t] = the number of k in 1..L with h[t] >= k v_threshold          (soft reset: > in place of >=)
+           signed: less the number of k in 1..L with -h[t] >= k v_threshold
+    v[t] = v_reset where s[t] is not 0, else h[t]                      (soft reset: h[t] - v_threshold s[t])
+
+With L = 1 and no sign this is `lif`. A neuromorphic chip carries s as the payload of a spike (Orchard et al.
+2021; named in SpikeGPT Sec. 3.7); signed spikes with L = 1 are SpikeLM's (Xing et al. 2024) without its
+amplitude. Every step's derivative is the ATan surrogate at its own threshold. There is no kernel of its own:
+what depends on the token before is a short loop of torch operators, all else is done for all tokens at once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spikescale.kernels.surrogate import atan_derivative, heaviside
+
+
+def graded_lif(
+    x: Tensor,
+    v: Tensor | None = None,
+    *,
+    levels: int,
+    signed: bool = False,
+    tau: float | Tensor = 2.0,
+    v_threshold: float | Tensor = 1.0,
+    v_reset: float = 0.0,
+    soft_reset: bool = False,
+    detach_reset: bool = False,
+    surrogate_alpha: float = 2.0,
+    reset: Tensor | None = None,
+    reference: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Graded spikes (B, T, C) in x's dtype, whole numbers up to `levels`, and the final membrane (B, C).
+
+    Arguments as for `lif`; `reference` computes and differentiates the definition step by step. Any device
+    and float dtype; the membrane is float32 (float64 for float64 x). A NaN membrane gives a NaN spike.
+    Raises ValueError for shapes that do not match or fewer levels than one.
+    """
+    if levels < 1 or x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, time, channels), levels >= 1, not {tuple(x.shape)}, {levels}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if v is None:
+        v = torch.zeros(x.shape[0], x.shape[2], dtype=dtype, device=x.device)
+    options = (levels, signed, v_reset, soft_reset, detach_reset, surrogate_alpha)
+    taus, thresholds = (torch.as_tensor(p, dtype=dtype, device=x.device) for p in (tau, v_threshold))
+    if reference:
+        return _definition(x, v, reset, taus, thresholds, *options)
+    spikes, v = _composed(x.to(dtype), v, reset, taus, thresholds, options)
+    return spikes.to(x.dtype), v
+
+
+def _steps(h: Tensor, threshold: Tensor, levels: int, signed: bool, alpha: float, strict: bool) -> Tensor:
+    """The graded spikes of membranes h."""
+    up = sum(heaviside(h - k * threshold, alpha, strict) for k in range(1, levels + 1))
+    assert isinstance(up, Tensor)
+    if not signed:
+        return up
+    return up - sum(heaviside(-h - k * threshold, alpha, strict) for k in range(1, levels + 1))
+
+
+def _definition(
+    x: Tensor,
+    v: Tensor,
+    reset: Tensor | None,
+    tau: Tensor,
+    threshold: Tensor,
+    levels: int,
+    signed: bool,
+    v_reset: float,
+    soft_reset: bool,
+    detach_reset: bool,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    out_dtype = x.dtype
+    x = x.to(v.dtype)
+    spikes = []
+    for t in range(x.shape[1]):
+        if reset is not None:
+            v = v.masked_fill(reset[:, t, None], 0.0)
+        h = v + (x[:, t] - (v - v_reset)) / tau
+        s = _steps(h, threshold, levels, signed, alpha, strict=soft_reset)
+        spikes.append(s)
+        if soft_reset:
+            v = h - (s.detach() if detach_reset else s) * threshold
+            continue
+        # Whether it fired, whichever the sign: with a sign the two first steps exclude one another.
+        fired = heaviside(h - threshold, alpha)
+        if signed:
+            fired = fired + heaviside(-h - threshold, alpha)
+        fired = fired.detach() if detach_reset else fired
+        v = h * (1 - fired) + v_reset * fired
+    return torch.stack(spikes, dim=1).to(out_dtype), v
+
+
+class _GradedLIF(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        reset: Tensor | None,
+        tau: Tensor,
+        threshold: Tensor,
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        levels, signed, v_reset, soft_reset, _, alpha = options
+        ctx.options = options
+        v0, membranes = v, []
+        for t, current in enumerate(x.unbind(1)):
+            if reset is not None:
+                v = v.masked_fill(reset[:, t, None], 0.0)
+            h = v + (current - (v - v_reset if v_reset else v)) / tau
+            membranes.append(h)
+            if soft_reset:
+                v = h - _steps(h, threshold, levels, signed, alpha, strict=True) * threshold
+            else:
+                v = torch.where((h.abs() if signed else h) >= threshold, v_reset, h)
+        h = torch.stack(membranes, dim=1)
+        ctx.save_for_backward(x, v0, reset, tau, threshold, h)
+        return _steps(h, threshold, levels, signed, alpha, strict=soft_reset), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_spikes: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        x, v0, reset, tau, threshold, h = ctx.saved_tensors
+        levels, signed, v_reset, soft_reset, detach_reset, alpha = ctx.options
+        # The derivatives of the spike by membrane and threshold, and of whether it fired by both.
+        slope, by_threshold = torch.zeros_like(h), torch.zeros_like(h)
+        for k in range(1, levels + 1):
+            up = atan_derivative(h - k * threshold, alpha)
+            slope += up
+            by_threshold -= k * up
+            if signed:
+                down = atan_derivative(-h - k * threshold, alpha)
+                slope += down
+                by_threshold += k * down
+        spikes = _steps(h, threshold, levels, signed, alpha, strict=soft_reset)
+        if soft_reset:
+            after = h - spikes * threshold
+            carried = torch.ones_like(h) if detach_reset else 1 - threshold * slope
+            threshold_carried = -spikes if detach_reset else -spikes - threshold * by_threshold
+        else:
+            fired = (spikes != 0).to(h.dtype)
+            after = h * (1 - fired) + v_reset * fired
+            first = atan_derivative(h - threshold, alpha)
+            second = atan_derivative(-h - threshold, alpha) if signed else torch.zeros_like(h)
+            kept = 0.0 if detach_reset else v_reset - h
+            carried = 1 - fired + kept * (first - second)
+            threshold_carried = -kept * (first + second) if not detach_reset else torch.zeros_like(h)
+        before = torch.cat([v0[:, None], after[:, :-1]], dim=1)
+        if reset is not None:
+            before = before.masked_fill(reset[..., None], 0.0)
+        from_spikes, leak = grad_spikes * slope, 1 - 1 / tau
+        at_h, at_v, gradient = [], [], grad_v
+        for t in range(x.shape[1] - 1, -1, -1):
+            at_v.append(gradient)
+            at_h.append(torch.addcmul(from_spikes[:, t], gradient, carried[:, t]))
+            gradient = at_h[-1] * leak
+            if reset is not None:
+                gradient = gradient.masked_fill(reset[:, t, None], 0.0)
+        grad_h, later = (torch.stack(parts[::-1], dim=1) for parts in (at_h, at_v))
+        grad_x = grad_h / tau
+        grad_tau = -(grad_x * (x - (before - v_reset)) / tau)
+        grad_threshold = grad_spikes * by_threshold + later * threshold_carried
+        wanted = ctx.needs_input_grad
+        return (
+            grad_x,
+            gradient,
+            None,
+            _summed(grad_tau, tau) if wanted[3] else None,
+            _summed(grad_threshold, threshold) if wanted[4] else None,
+            None,
+        )
+
+
+def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one value, or one a channel."""
+    return gradient.sum() if parameter.dim() == 0 else gradient.flatten(0, -2).sum(0)
+
+
+# A loop over tokens is not worth unrolling into a graph.
+_composed = torch.compiler.disable(_GradedLIF.apply)
