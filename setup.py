@@ -68,6 +68,7 @@ setup(
         "pyarrow>=21,<26",
         "pyyaml>=6,<7",
         "zstandard>=0.25,<0.26",
+        "orjson>=3.13,<4",
         "ninja>=1.13,<2",
         # Cleaning (docs/cleaning.md).
         "ftfy>=6.3,<7",

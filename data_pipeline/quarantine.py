@@ -91,14 +91,18 @@ class Quarantine:
 
     def documents(self) -> Iterator[Document]:
         """The good documents; the others are written down on the way."""
+        if self._max_share is None:
+            for document in self._partition.documents():
+                if document.fault:
+                    raise UserError(f"{document.place}: {document.fault}")
+                yield document
+            return
         for document in self._partition.documents():
-            if not document.fault:
+            if document.fault:
+                self._add(document)
+            else:
                 yield document
                 self.tally.records += 1
-            elif self._max_share is None:
-                raise UserError(f"{document.place}: {document.fault}")
-            else:
-                self._add(document)
 
     def _add(self, document: Document) -> None:
         known: dict[str, Any] = dict(document.metadata)

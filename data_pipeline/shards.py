@@ -127,7 +127,9 @@ class ShardWriter:
         if not len(documents):
             return
         end = np.array([self._eos], dtype=np.int64)
-        ids = np.concatenate([part for document in documents for part in (document, end)])
+        parts = [end] * (2 * len(documents))
+        parts[::2] = documents
+        ids = np.concatenate(parts)
         limit = min(self._vocab_size, int(np.iinfo(self._dtype).max) + 1)
         high = int(ids.max())
         ends = int(np.count_nonzero(ids == self._eos))
@@ -138,7 +140,7 @@ class ShardWriter:
         builder = self._builder
         builder.data_file.write(ids.astype(self._dtype).tobytes())
         first = len(builder.sequence_lengths)
-        builder.sequence_lengths.extend(len(document) + 1 for document in documents)
+        builder.sequence_lengths.extend([len(document) + 1 for document in documents])
         builder.document_indices.extend(range(first + 1, first + len(documents) + 1))
         self.max_id = max(self.max_id, high)
         self.tokens += len(ids)

@@ -1,6 +1,8 @@
 """Which split a document belongs to, and cutting long documents before that is decided."""
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,12 +49,25 @@ class SplitSettings:
 
 def split_of(digest: bytes, settings: SplitSettings) -> str:
     """The split of a document with this SHA-256: a pure function, so exact duplicates stay together."""
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < settings.test_fraction:
-        return "test"
-    if position < settings.test_fraction + settings.valid_fraction:
-        return "valid"
-    return "train"
+    return _side(digest, *_bounds(settings.test_fraction, settings.valid_fraction))
+
+
+def _side(digest: bytes, test: bytes, valid: bytes) -> str:
+    return "train" if digest >= valid else "valid" if digest >= test else "test"
+
+
+@functools.lru_cache
+def _bounds(test_fraction: float, valid_fraction: float) -> tuple[bytes, bytes]:
+    """Where validation and where training begin among digests, whose first 8 bytes are a number in [0, 1)."""
+
+    def first_at_least(fraction: float) -> bytes:
+        low, high = 0, 2**64
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if middle / 2**64 >= fraction else (middle + 1, high)
+        return low.to_bytes(8, "big")
+
+    return first_at_least(test_fraction), first_at_least(test_fraction + valid_fraction)
 
 
 class Placed(NamedTuple):
@@ -76,22 +91,22 @@ def placed_documents(
 
     Raises UserError for text that cannot be encoded (a lone surrogate, which JSON escapes allow).
     """
-    for number, document in enumerate(partition.documents()):
-        if limit is not None and number >= limit:
-            return
-        whole = settings.unit == "document"
+    documents = itertools.islice(partition.documents(), limit)
+    whole, given = settings.unit == "document", partition.split
+    bounds = _bounds(settings.test_fraction, settings.valid_fraction)
+    for document in documents:
         for text in (document.text,) if whole else chunks(document.text, settings.chunk_characters):
             if not text:
                 continue
             try:
-                encoded = text.encode("utf-8")
+                encoded = text.encode()
             except UnicodeEncodeError as error:
                 code = ord(text[error.start])
                 raise UserError(
                     f"{document.place}: not valid Unicode (lone surrogate U+{code:04X})"
                 ) from None
             digest = hashlib.sha256(encoded).digest()
-            split = partition.split or split_of(digest, settings)
+            split = given or _side(digest, *bounds)
             yield Placed(text, document.place, split, digest, len(encoded), document.metadata)
 
 

@@ -2,10 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Iterator
 
 STAGES = ("reading", "tokenising", "writing")
 
@@ -20,18 +17,6 @@ def stage(name: str) -> Iterator[None]:
         yield
     finally:
         _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - began
-
-
-def timed(name: str, items: Iterable[T]) -> Iterator[T]:
-    """The items; what it takes to produce each is this stage's work."""
-    # Not by `stage`: documents are many, and short ones take less time than a context manager.
-    clock = time.perf_counter
-    began = clock()
-    for item in items:
-        _seconds[name] += clock() - began
-        yield item
-        began = clock()
-    _seconds[name] += clock() - began
 
 
 def take() -> dict[str, float]:

@@ -20,7 +20,7 @@ from spikescale.data_pipeline.quarantine import Quarantine, SoundPartition, quar
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
 from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
-from spikescale.data_pipeline.stages import stage, timed
+from spikescale.data_pipeline.stages import stage
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
@@ -216,15 +216,24 @@ class ShardTask:
         record: Record | None = None,
         unknown: UnknownLimit | None = None,
     ) -> None:
-        batch: list[Placed] = []
-        characters = 0
-        for document in timed("reading", placed_documents(partition, self.settings, self.limit)):
-            batch.append(document)
-            characters += len(document.text)
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-                _write_batch(tokenizer, writers, batch, report, record, unknown)
-                batch, characters = [], 0
-        _write_batch(tokenizer, writers, batch, report, record, unknown)
+        documents = placed_documents(partition, self.settings, self.limit)
+        while True:
+            with stage("reading"):
+                batch = _next_batch(documents)
+            _write_batch(tokenizer, writers, batch, report, record, unknown)
+            if not batch:
+                return
+
+
+def _next_batch(documents: Iterator[Placed]) -> list[Placed]:
+    batch: list[Placed] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            break
+    return batch
 
 
 def _write_batch(
@@ -251,17 +260,19 @@ def _write_batch(
     with stage("writing"):
         for split, writer in writers.items():
             mine = [number for number, document in enumerate(batch) if document.split == split]
-            writer.add_all(
-                [encoded[number] for number in mine],
-                sum(batch[number].size_bytes for number in mine),
-                sum(len(batch[number].text) for number in mine),
-                [batch[number].place for number in mine],
-            )
+            if mine:
+                documents = [batch[number] for number in mine]
+                writer.add_all(
+                    [encoded[number] for number in mine],
+                    sum([document.size_bytes for document in documents]),
+                    sum([len(document.text) for document in documents]),
+                    [document.place for document in documents],
+                )
         if record is not None:
             for document in batch:
                 record.written(len(document.text))
-    tokens = sum(len(ids) + 1 for ids in encoded)
-    report(len(batch), tokens, sum(document.size_bytes for document in batch))
+    tokens = sum(map(len, encoded)) + len(encoded)
+    report(len(batch), tokens, sum([document.size_bytes for document in batch]))
 
 
 _loaded: dict[tuple[str, bool], Any] = {}

@@ -73,6 +73,9 @@ class FilePartition:
         keys = self.options.metadata_keys
         for piece in self.pieces:
             documents = READERS[piece.format](piece.path, self.options, piece.start, piece.stop)
+            if not keys and self.options.bad_records == "refuse":
+                yield from documents  # none has a fault, and nothing is added to any
+                continue
             name = self.source or piece.source
             for document in documents:
                 if document.fault:

@@ -68,6 +68,30 @@ def read_all(path: FilePath) -> bytes:
     return b"".join(read_chunks(path))
 
 
+class LineGroup(NamedTuple):
+    """Lines that follow each other, without their line ends; they are never none.
+
+    Attributes:
+        ordinal: of the first line, counted from 0 at the first that was read.
+        lines: their bytes; of a line longer than the reader's limit only the first EXCERPT_BYTES.
+        offset: of the first line's first byte in the (decompressed) file.
+        size: the length in bytes of a single line that was cut; None: all are whole.
+    """
+
+    ordinal: int
+    lines: list[bytes]
+    offset: int
+    size: int | None = None
+
+    def each(self) -> Iterator[Line]:
+        """Each with all that is known of it."""
+        offset = self.offset
+        for ordinal, content in enumerate(self.lines, self.ordinal):
+            size = len(content) if self.size is None else self.size
+            yield Line(ordinal, content, offset, size)
+            offset += size + 1
+
+
 def read_lines(
     path: FilePath, start: int = 0, stop: int | None = None, longest: int | None = None
 ) -> Iterator[Line]:
@@ -76,22 +100,41 @@ def read_lines(
     A range that does not start at 0 needs an uncompressed file. Neighbouring ranges share no line
     and miss none. Of a line of more than `longest` bytes only the beginning is held in memory.
     """
+    for group in read_line_groups(path, start, stop, longest):
+        yield from group.each()
+
+
+def read_line_groups(
+    path: FilePath, start: int = 0, stop: int | None = None, longest: int | None = None
+) -> Iterator[LineGroup]:
+    """As `read_lines`, many lines at once: those that end in one piece of the file."""
     ordinal, size, parts = 0, 0, list[bytes]()
     skipping = start > 0
     # Reading begins one byte early: a line starts at `start` exactly when that byte is a line end.
     position = start - 1 if skipping else start
     line_start = position
     for chunk in _chunks_from(path, position) if skipping else read_chunks(path):
-        begin = 0
-        while (end := chunk.find(b"\n", begin)) >= 0:
-            if skipping:
-                skipping = False
-            else:
-                size += end - begin
-                _append(parts, chunk[begin:end], size, longest)
-                yield Line(ordinal, b"".join(parts), line_start, size)
+        begin, end = 0, chunk.find(b"\n")
+        if end >= 0 and (skipping or parts):
+            # The line that an earlier piece began.
+            if not skipping:
+                size += end
+                _append(parts, chunk[:end], size, longest)
+                yield LineGroup(ordinal, [b"".join(parts)], line_start, size)
                 ordinal += 1
-            parts, size = [], 0
+            skipping, parts, size = False, [], 0
+            begin = end + 1
+            line_start = position + begin
+            if stop is not None and line_start >= stop:
+                return
+        last = len(chunk) if stop is None else min(len(chunk), max(stop - position - 1, 0))
+        # Of the lines that begin before `stop`, the last ends at the first line end from there on.
+        end = chunk.rfind(b"\n", begin) if last == len(chunk) else chunk.find(b"\n", max(begin, last))
+        if end < 0 and last < len(chunk):
+            end = chunk.rfind(b"\n", begin)
+        if end >= begin and not skipping:
+            yield from _whole_lines(chunk[begin:end].split(b"\n"), ordinal, line_start, longest)
+            ordinal += chunk.count(b"\n", begin, end) + 1
             begin = end + 1
             line_start = position + begin
             if stop is not None and line_start >= stop:
@@ -104,7 +147,18 @@ def read_lines(
             size += len(chunk) - begin
             _append(parts, chunk[begin:], size, longest)
     if parts:
-        yield Line(ordinal, b"".join(parts), line_start, size)
+        yield LineGroup(ordinal, [b"".join(parts)], line_start, size)
+
+
+def _whole_lines(lines: list[bytes], ordinal: int, offset: int, longest: int | None) -> Iterator[LineGroup]:
+    if longest is None or max(map(len, lines)) <= longest:
+        yield LineGroup(ordinal, lines, offset)
+        return
+    for line in lines:
+        content = line if len(line) <= longest else line[:EXCERPT_BYTES]
+        yield LineGroup(ordinal, [content], offset, len(line))
+        ordinal += 1
+        offset += len(line) + 1
 
 
 def _append(parts: list[bytes], piece: bytes, size: int, longest: int | None) -> None:
