@@ -21,7 +21,11 @@ COMMANDS = {
     ),
     "export": (
         "spikescale.cli.export",
-        "write a checkpoint's weights as a self-contained safetensors folder",
+        "write a checkpoint's model as a folder of its own, for this or another program",
+    ),
+    "import": (
+        "spikescale.cli.import_weights",
+        "take over weights of SpikeGPT, RWKV-4 or transformers as a model folder",
     ),
     "checkpoint": (
         "spikescale.cli.checkpoint",

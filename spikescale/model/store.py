@@ -1,8 +1,8 @@
 """A trained model as a folder that stands on its own.
 
-    model.safetensors   float32 weights by parameter name
-    model.json          format version, the model's settings, checksum of the weights, and what is known of
-                        the training that made them (step, tokens seen, metrics)
+    model.safetensors   float32 weights by parameter name; or several files and an index (`tensor_shards`)
+    model.json          format version, the model's settings, checksum of the weights (of several files: by
+                        name), and what is known of the training that made them (step, tokens seen, metrics)
     tokenizer/          the tokenizer, as it saves itself
 
 A folder is written aside and renamed when it is whole. Nothing in it is executed or unpickled.
@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spikescale import files
 from spikescale.config import ModelConfig
 from spikescale.errors import UserError
-from spikescale.tensor_file import write_tensors
+from spikescale.tensor_file import LazyTensor
+from spikescale.tensor_shards import index_name, open_stored, write_sharded
 
 if TYPE_CHECKING:
     from spikescale.data_pipeline.tokenizers import Tokenizer
     from spikescale.model import SpikeGPT
 
 FORMAT = 1
+SHARDED_FORMAT = 2  # the same with weights in several files
 WEIGHTS = "model.safetensors"
 SETTINGS = "model.json"
 TOKENIZER = "tokenizer"
@@ -48,29 +49,32 @@ class LoadedModel:
 
 def save_model_folder(
     folder: Path,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | LazyTensor],
     config: ModelConfig,
     tokenizer: "Tokenizer",
     info: Mapping[str, Any],
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a model folder; `weights` are converted to float32 and must bear the parameters' names.
 
-    `config.vocab_size` must be a number. `info` must be JSON. Raises UserError when `folder` already
-    holds something; on any failure (a full disk, a kill) `folder` is left as it was.
+    `config.vocab_size` must be a number. `info` must be JSON. Weights that take more than
+    `max_shard_bytes` are written as several files of at most that size. Raises UserError when `folder`
+    already holds something; on any failure (a full disk, a kill) `folder` is left as it was.
     """
     if config.vocab_size is None:
         raise ValueError("config.vocab_size must be a number in a model that is saved")
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(weights.items())}
-    with _folder_aside(folder) as aside:
-        written = write_tensors(aside / WEIGHTS, tensors, {"format": "pt"})
+    tensors = {name: _as_float32(tensor) for name, tensor in sorted(weights.items())}
+    with folder_aside(folder) as aside:
+        written = write_sharded(aside, WEIGHTS, tensors, max_shard_bytes, {"format": "pt"})
+        digests = {name: record.sha256 for name, record in written.items()}
         tokenizer.save(aside / TOKENIZER)
         files.write_json(
             aside / SETTINGS,
             {
-                "format": FORMAT,
+                "format": FORMAT if len(written) == 1 else SHARDED_FORMAT,
                 "config": config.model_dump(mode="json"),
-                "parameters": sum(tensor.numel() for tensor in tensors.values()),
-                "weights_sha256": written.sha256,
+                "parameters": sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()),
+                "weights_sha256": digests[WEIGHTS] if len(written) == 1 else digests,
                 "tokenizer_sha256": tokenizer.sha256,
                 "info": dict(info),
             },
@@ -91,12 +95,7 @@ def load_model_folder(
     settings, config = _read_settings(folder)
     if backend is not None:
         config = config.model_copy(update={"backend": backend})
-    weights_file = folder / WEIGHTS
-    if not weights_file.is_file():
-        raise UserError(f"{weights_file}: no such file")
-    if verify and (actual := files.sha256_file(weights_file)) != settings["weights_sha256"]:
-        expected = settings["weights_sha256"]
-        raise UserError(f"{weights_file}: damaged, its SHA-256 is {actual} and should be {expected}")
+    weights_file = _weights_file(folder, settings, verify)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     assert config.vocab_size is not None
     if tokenizer.vocab_size > config.vocab_size:
@@ -112,26 +111,22 @@ def load_model_folder(
 
 
 def load_weights(model: torch.nn.Module, file: Path) -> None:
-    """Copy the tensors of a safetensors file into the parameters of the same names and shapes.
+    """Copy the tensors of a safetensors file, or of an index's files, into the parameters of the same names.
 
-    Raises UserError when a name is missing or unexpected, a shape differs, or the file is damaged.
+    Raises UserError when a name is missing or unexpected, a shape differs, or a file is damaged.
     """
     parameters = dict(model.named_parameters())
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
-            _refuse_names(file, "lacks", sorted(parameters.keys() - names))
-            _refuse_names(file, "has unexpected", sorted(names - parameters.keys()))
+    with open_stored(file) as stored:
+        _refuse_names(file, "lacks", sorted(parameters.keys() - stored.names()))
+        _refuse_names(file, "has unexpected", sorted(stored.names() - parameters.keys()))
+        for name, parameter in parameters.items():
+            shape = stored.shape(name)
+            if shape != tuple(parameter.shape):
+                expected = tuple(parameter.shape)
+                raise UserError(f"{file}: {name} has shape {shape}, and the settings make it {expected}")
+        with torch.no_grad():
             for name, parameter in parameters.items():
-                shape = tuple(stored.get_slice(name).get_shape())
-                if shape != tuple(parameter.shape):
-                    expected = tuple(parameter.shape)
-                    raise UserError(f"{file}: {name} has shape {shape}, and the settings make it {expected}")
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(stored.get_tensor(name))
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+                parameter.copy_(stored.get(name))
 
 
 def find_model_folder(path: Path) -> Path:
@@ -155,31 +150,38 @@ def find_model_folder(path: Path) -> Path:
     )
 
 
-def export_model_folder(source: Path, destination: Path) -> LoadedModel:
-    """Copy the model that `source` is or holds to `destination`, after loading and verifying it.
+def _as_float32(weight: Tensor | LazyTensor) -> Tensor | LazyTensor:
+    if isinstance(weight, LazyTensor):
+        return LazyTensor(torch.float32, weight.shape, lambda: weight.make().float())
+    return weight.detach().float().cpu().contiguous()
 
-    Raises UserError when the model is damaged or `destination` already holds something.
-    """
-    folder = find_model_folder(source)
-    _refuse_occupied(destination)
-    loaded = load_model_folder(folder)
-    with _folder_aside(destination) as aside:
-        for name in (WEIGHTS, SETTINGS):
-            shutil.copyfile(folder / name, aside / name)
-        shutil.copytree(folder / TOKENIZER, aside / TOKENIZER)
-        expected = files.read_json(aside / SETTINGS)["weights_sha256"]
-        if files.sha256_file(aside / WEIGHTS) != expected:
-            raise UserError(f"{destination}: the copy of {WEIGHTS} differs from the original")
-    return loaded
+
+def _weights_file(folder: Path, settings: dict[str, Any], verify: bool) -> Path:
+    """The weights file or the index of a folder, whose checksums are compared if `verify`."""
+    digests = settings["weights_sha256"]
+    if isinstance(digests, str):
+        digests = {WEIGHTS: digests}
+    for name, expected in digests.items():
+        if Path(name).name != name:
+            raise UserError(f"{folder / SETTINGS}: weights_sha256 names {name!r}, which is no file name")
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        if verify and (actual := files.sha256_file(file)) != expected:
+            raise UserError(f"{file}: damaged, its SHA-256 is {actual} and should be {expected}")
+    return folder / (WEIGHTS if settings["format"] == FORMAT else index_name(WEIGHTS))
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     file = folder / SETTINGS
     settings = files.read_json(file)
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        found = settings.get("format") if isinstance(settings, dict) else None
-        raise UserError(f"{file}: format {found!r}, and this version reads format {FORMAT}")
-    for key, kind in (("config", dict), ("weights_sha256", str), ("info", dict)):
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found not in (FORMAT, SHARDED_FORMAT):
+        raise UserError(
+            f"{file}: format {found!r}, and this version reads format {FORMAT} and {SHARDED_FORMAT}"
+        )
+    digests = str if found == FORMAT else dict
+    for key, kind in (("config", dict), ("weights_sha256", digests), ("info", dict)):
         if not isinstance(settings.get(key), kind):
             raise UserError(f"{file}: {key} is missing or not a {kind.__name__}")
     try:
@@ -207,15 +209,16 @@ def _refuse_names(file: Path, complaint: str, names: list[str]) -> None:
         raise UserError(f"{file}: {complaint} tensor {names[0]}{more}")
 
 
-def _refuse_occupied(folder: Path) -> None:
+def refuse_occupied(folder: Path) -> None:
+    """Raise UserError if `folder` holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not an empty folder")
 
 
 @contextlib.contextmanager
-def _folder_aside(folder: Path) -> Iterator[Path]:
+def folder_aside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, flush all of it and rename it to `folder`."""
-    _refuse_occupied(folder)
+    refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = files.temporary_path(folder)
     shutil.rmtree(aside, ignore_errors=True)
