@@ -81,6 +81,9 @@ $(STAMP): setup.py pyproject.toml
 	elif [ "$(TORCH)" != "$(TORCH_CPU)" ]; then $$install "$(TORCH)"; \
 	else $$install "$(TORCH_CPU)" 2>/dev/null || $$install --index-url $(TORCH_CPU_INDEX) "$(TORCH_CPU)"; fi
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable ".[$(if $(filter cuda,$(DEVICE)),gpu$(comma))dev]"
+	@# Without its dependencies: torchvision would replace torch. What tests need of them is in setup.py.
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	then $(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) "spikingjelly>=2.0,<2.1"; fi
 	@touch $@
 
 .PHONY: pretrain

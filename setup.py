@@ -31,6 +31,9 @@ def mapped_packages() -> tuple[list[str], dict[str, str]]:
 packages, package_dir = mapped_packages()
 GPU = ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"]
 S3 = ["s3fs>=2026.9,<2027"]
+# Models as transformers' classes, the driven variant as a NIR graph (docs/interoperability.md).
+TRANSFORMERS = ["transformers>=5.23,<5.24", "accelerate>=1.15,<2"]
+NIR = ["nir>=1.0.8,<1.1"]
 
 setup(
     name="spikescale",
@@ -80,6 +83,8 @@ setup(
     extras_require={
         "gpu": GPU,
         "s3": S3,
+        "hf": TRANSFORMERS,
+        "nir": NIR,
         "gcs": ["gcsfs>=2026.9,<2027"],  # the same version as fsspec; not run against a server
         # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
         "bench": [
@@ -91,6 +96,14 @@ setup(
         "dev": [
             *GPU,
             *S3,
+            *TRANSFORMERS,
+            *NIR,
+            # Neurons are compared with those of snnTorch and SpikingJelly, which also run NIR graphs. The Makefile
+            # installs SpikingJelly without what it asks for: torchvision would replace torch.
+            "snntorch>=1.0,<1.1",
+            "nirtorch>=2.6,<2.7",
+            "loguru>=0.7,<1",
+            "SciencePlots>=2.2,<3",
             "moto[server]>=5.2,<6",  # the S3 server of tests
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",

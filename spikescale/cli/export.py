@@ -8,6 +8,7 @@ FORMATS = {
     "spikegpt": "model.pth for the released SpikeGPT code",
     "rwkv4": "model.pth for RWKV-4's programs (variant rwkv)",
     "hf-rwkv": "transformers' RwkvForCausalLM (variant rwkv)",
+    "hf": "transformers with spikescale.interop.hf: every variant, a tokenizer and a model card",
 }
 
 

@@ -27,7 +27,7 @@ class Naming:
         title: how errors call the program's files.
         blocks: prefix of a block, `{}` standing for its number.
         top: the name of each of our parameters outside of blocks.
-        inside: the name within a block of each of our names within a block.
+        inside: the name within a block of each of our names within a block; None: the same.
         mu_shape: whether token-shift mixtures have the shape (1, 1, C) rather than (C,).
         telling: part of names by which a file is known to follow this naming.
     """
@@ -35,14 +35,17 @@ class Naming:
     title: str
     blocks: str
     top: dict[str, str]
-    inside: dict[str, str]
+    inside: dict[str, str] | None
     mu_shape: bool = True
     telling: tuple[str, ...] = field(default=())
 
     def theirs(self, ours: str) -> str:
         """Their name of our parameter. Raises KeyError for a name that no SpikeGPT has."""
         match = _BLOCK.fullmatch(ours)
-        return self.blocks.format(match[1]) + self.inside[match[2]] if match else self.top[ours]
+        if match is None:
+            return self.top[ours]
+        local = match[2] if self.inside is None else self.inside[match[2]]
+        return self.blocks.format(match[1]) + local
 
     def their_shape(self, ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that our parameter has in their files."""
@@ -60,24 +63,13 @@ class Naming:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of `SpikeGPT(config)`, without building one."""
-    assert config.vocab_size is not None
-    width = config.width
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, width)}
-    for layer in range(config.layers):
-        block = f"blocks.{layer}."
-        for name in (*FIRST_NORM, *NORMS) if layer == 0 else NORMS:
-            shapes[block + name] = (width,)
-        for part, names in MUS.items():
-            shapes.update({f"{block}{part}.{name}": (width,) for name in names})
-        shapes.update({f"{block}time_mix.{name}": (width,) for name in ("time_decay", "time_first")})
-        for part, names in MATRICES.items():
-            shapes.update({f"{block}{part}.{name}.weight": (width, width) for name in names})
-        shapes[f"{block}channel_mix.key.weight"] = (4 * width, width)
-        shapes[f"{block}channel_mix.value.weight"] = (width, 4 * width)
-    shapes.update({"ln_out.weight": (width,), "ln_out.bias": (width,)})
-    shapes["head.weight"] = (config.vocab_size, width)
-    return shapes
+    """Name and shape of every parameter of `SpikeGPT(config)`, without giving it values."""
+    import torch
+
+    from spikescale.model import SpikeGPT
+
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in SpikeGPT(config).named_parameters()}
 
 
 def _inside(first_norm: str, time_mix: str, channel_mix: str, mus: dict[str, str]) -> dict[str, str]:
@@ -91,43 +83,44 @@ def _inside(first_norm: str, time_mix: str, channel_mix: str, mus: dict[str, str
     return names
 
 
-def _top(embedding: str, ln_out: str, head: str) -> dict[str, str]:
-    norms = {f"ln_out.{part}": f"{ln_out}.{part}" for part in ("weight", "bias")}
-    return {"embedding.weight": f"{embedding}.weight", "head.weight": f"{head}.weight", **norms}
+def _top(embedding: str, body: str, head: str) -> dict[str, str]:
+    """Names outside of blocks; `body` is the prefix of what only our own classes have beside the two ends."""
+    inner = ("ln_out.weight", "ln_out.bias", "head_neuron.tau_logit", "head_neuron.log_threshold")
+    ends = {"embedding.weight": f"{embedding}.weight", "head.weight": f"{head}.weight"}
+    return {**ends, **{name: body + name for name in inner}}
 
 
 _LETTERS = {"mu_key": "time_mix_k", "mu_value": "time_mix_v", "mu_receptance": "time_mix_r"}
 _WORDS = {"mu_key": "time_mix_key", "mu_value": "time_mix_value", "mu_receptance": "time_mix_receptance"}
-_OURS = {mu: mu for mu in MUS["time_mix"]}
 
 # RWKV-4 as its author's programs save it, and SpikeGPT as released, which is derived from them.
 BLINK = Naming(
     title="SpikeGPT / RWKV-4 (.pth)",
     blocks="blocks.{}.",
-    top=_top("emb", "ln_out", "head"),
+    top=_top("emb", "", "head"),
     inside=_inside("ln0", "att", "ffn", _LETTERS),
     telling=("emb.weight", ".att.", ".ffn."),
 )
 HF_RWKV = Naming(
     title="transformers RwkvForCausalLM",
     blocks="rwkv.blocks.{}.",
-    top=_top("rwkv.embeddings", "rwkv.ln_out", "head"),
+    top=_top("rwkv.embeddings", "rwkv.", "head"),
     inside=_inside("pre_ln", "attention", "feed_forward", _WORDS),
     telling=("rwkv.embeddings.", ".attention.", ".feed_forward."),
 )
 HF_SPIKEGPT = Naming(
     title="transformers SpikeGPTForCausalLM",
     blocks="backbone.spikegpt.blocks.{}.",
-    top=_top("backbone.spikegpt.embedding", "backbone.spikegpt.ln_out", "lm_head"),
-    inside=_inside("ln0", "time_mix", "channel_mix", _OURS),
+    top=_top("backbone.spikegpt.embedding", "backbone.spikegpt.", "lm_head"),
+    inside=None,
     mu_shape=False,
     telling=("backbone.spikegpt.",),
 )
 SPIKESCALE = Naming(
     title="spikescale",
     blocks="blocks.{}.",
-    top=_top("embedding", "ln_out", "head"),
-    inside=_inside("ln0", "time_mix", "channel_mix", _OURS),
+    top=_top("embedding", "", "head"),
+    inside=None,
     mu_shape=False,
     telling=("embedding.weight", ".time_mix.", ".channel_mix."),
 )

@@ -27,9 +27,10 @@ from spikescale.model.store import (
 )
 from spikescale.tensor_shards import write_sharded
 
-Format = Literal["spikescale", "spikegpt", "rwkv4", "hf-rwkv"]
+Format = Literal["spikescale", "spikegpt", "rwkv4", "hf-rwkv", "hf"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PTH = "model.pth"
+_OF_TRAINING = {"detach_reset", "surrogate_alpha"}  # of a neuron: what running it does not depend on
 
 
 def export_model(
@@ -52,6 +53,10 @@ def export_model(
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if kind == "spikescale":
         save_model_folder(destination, weights, loaded.config, loaded.tokenizer, loaded.info, max_shard_bytes)
+    elif kind == "hf":
+        from spikescale.interop.hf.export import save_hf_folder
+
+        save_hf_folder(loaded, destination, DTYPES[dtype], max_shard_bytes)
     else:
         with folder_aside(destination) as aside:
             if kind == "hf-rwkv":
@@ -127,7 +132,7 @@ def _refuse_unsupported(config: ModelConfig, kind: str, dtype: str, max_shard_by
         if config.variant != "spikegpt":
             raise UserError(f"--format spikegpt: the released code has no variant {config.variant}")
         released = NeuronConfig()
-        for key in ("tau", "v_threshold", "v_reset", "soft_reset"):
+        for key in sorted(set(NeuronConfig.model_fields) - _OF_TRAINING):
             value, theirs = getattr(config.neuron, key), getattr(released, key)
             if value != theirs:
                 raise UserError(f"--format spikegpt: neuron.{key} is {value}; the released code has {theirs}")

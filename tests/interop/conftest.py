@@ -18,7 +18,7 @@ def saved(tmp_path: Path) -> Callable[[ModelConfig], tuple[SpikeGPT, Path]]:
 
     def save(config: ModelConfig) -> tuple[SpikeGPT, Path]:
         model = random_model(config)
-        folder = tmp_path / f"model-{config.variant}"
+        folder = tmp_path / f"model-{config.variant}-{config.layers}-{config.neuron.tau}"
         info = {"step": 7, "tokens_seen": 700, "metrics": {"valid_loss": 2.5}}
         save_model_folder(folder, dict(model.named_parameters()), config, make_tokenizer("byte"), info)
         return model, folder
