@@ -34,6 +34,7 @@ S3 = ["s3fs>=2026.9,<2027"]
 # Models as transformers' classes, the driven variant as a NIR graph (docs/interoperability.md).
 TRANSFORMERS = ["transformers>=5.23,<5.24", "accelerate>=1.15,<2"]
 NIR = ["nir>=1.0.8,<1.1"]
+EVAL = ["lm_eval>=0.4.13,<0.5"]  # `spikescale evaluate --tasks` (docs/evaluation.md)
 
 setup(
     name="spikescale",
@@ -85,6 +86,7 @@ setup(
         "s3": S3,
         "hf": TRANSFORMERS,
         "nir": NIR,
+        "eval": EVAL,
         "gcs": ["gcsfs>=2026.9,<2027"],  # the same version as fsspec; not run against a server
         # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
         "bench": [
@@ -104,6 +106,7 @@ setup(
             "nirtorch>=2.6,<2.7",
             "loguru>=0.7,<1",
             "SciencePlots>=2.2,<3",
+            *EVAL,
             "moto[server]>=5.2,<6",  # the S3 server of tests
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",

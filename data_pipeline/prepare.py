@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from spikescale.data_pipeline.manifest import (
     write_manifest,
 )
 from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
+from spikescale.data_pipeline.position import split_by_position
 from spikescale.data_pipeline.progress import Progress
 from spikescale.data_pipeline.quarantine import PATTERN, SUMMARY, SoundPartition, summarise
 from spikescale.data_pipeline.shards import ShardInfo, dtype_for
@@ -186,6 +187,10 @@ def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Itera
     if not 0 <= settings.max_bad_share <= 1:
         raise UserError(f"max_bad_share = {settings.max_bad_share}: must be between 0 and 1")
     max_bad_share = settings.max_bad_share if settings.bad_records == "quarantine" else None
+    by = settings.split.by or getattr(source, "split_by", None) or "hash"
+    settings = replace(settings, split=replace(settings.split, by=by))
+    if by == "position" and settings.limit_documents is not None:
+        raise UserError("--split-by position needs the whole text: leave out --limit-documents")
     partitions = source.partitions()
     request = _request(source, partitions, settings)
     output = Path(output).absolute()
@@ -203,6 +208,9 @@ def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Itera
                 )
             request, earlier = extend(output, request)
         _claim(output, request, settings.overwrite)
+        if by == "position":
+            with _progress("measuring", partitions, settings) as progress:
+                partitions = split_by_position(partitions, settings.split, progress)
         limits = _limits(len(partitions), settings.limit_documents)
         digest = request_digest(request)
         complete = settings.clean.active and (output / MANIFEST).exists()
@@ -268,7 +276,7 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
         "source": {"name": source.name, **source.identity()},
         "partitions": {"count": len(partitions), "sha256": hashlib.sha256(described.encode()).hexdigest()},
         "tokenizer": tokenizer,
-        "split": asdict(settings.split),
+        "split": settings.split.described(),
         "limit_documents": settings.limit_documents,
     }
     if settings.bad_records != "refuse":

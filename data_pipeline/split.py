@@ -4,8 +4,8 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from spikescale.data_pipeline.sources import Partition
 from spikescale.errors import UserError
@@ -18,15 +18,19 @@ class SplitSettings:
     """How text is divided.
 
     Attributes:
-        valid_fraction, test_fraction: shares of the documents, by hash; the rest is for training.
+        valid_fraction, test_fraction: shares of the documents (by hash) or of the bytes (by position); the
+            rest is for training.
         unit: `document`, or `chunk`: documents are first cut, at paragraph or line ends where there
             are any, into pieces of at most `chunk_characters`, and each piece is placed by itself.
+        by: `hash` of each document, or `position`: the beginning of the text is for training, then comes
+            valid, the end is test; None: as the source says, else by hash.
     """
 
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
     unit: str = "document"
     chunk_characters: int = 4000
+    by: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("valid_fraction", "test_fraction"):
@@ -39,11 +43,20 @@ class SplitSettings:
             )
         if self.unit not in ("document", "chunk"):
             raise UserError(f"split unit {self.unit!r}: must be document or chunk")
+        if self.by not in (None, "hash", "position"):
+            raise UserError(f"split by {self.by!r}: must be hash or position")
         if self.chunk_characters < 1:
             raise UserError(f"chunk_characters = {self.chunk_characters}: must be positive")
 
+    def described(self) -> dict[str, Any]:
+        """The settings as plain JSON; what is newer only where it is not the default."""
+        described = asdict(self)
+        if self.by != "position":
+            del described["by"]
+        return described
+
     def expects(self, split: str) -> bool:
-        """Whether documents placed by hash are to reach this split."""
+        """Whether documents without a split of their own are to reach this one."""
         return split == "train" or getattr(self, f"{split}_fraction") > 0
 
 

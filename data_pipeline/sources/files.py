@@ -93,6 +93,7 @@ class FilesSource:
             of such.
         options: how files become documents.
         split: the split all of it belongs to, or None.
+        split_by: how it is usually divided, hash or position; None: by hash.
         content_id: identifies the content where the files are known by a checksum; otherwise names,
             sizes and modification times (entity tags) do.
     """
@@ -104,8 +105,10 @@ class FilesSource:
         options: ReadOptions,
         split: str | None = None,
         content_id: str | None = None,
+        split_by: str | None = None,
     ) -> None:
         self.name = name
+        self.split_by = split_by
         self.options = options
         self.split = split
         self._content_id = content_id

@@ -151,11 +151,15 @@ class HubPartition:
 class HubSource:
     """A hub data set whose partitions are the data set's own shards.
 
-    `parts` pairs each of its splits with the split here that it becomes (None: by document hash).
+    `parts` pairs each of its splits with the split here that it becomes (None: by hash, or as `split_by`
+    says).
     """
 
-    def __init__(self, name: str, parts: list[tuple[HubData, str | None]]) -> None:
+    def __init__(
+        self, name: str, parts: list[tuple[HubData, str | None]], split_by: str | None = None
+    ) -> None:
         self.name = name
+        self.split_by = split_by
         self._parts = parts
 
     def identity(self) -> dict[str, Any]:

@@ -157,11 +157,13 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="read about N documents, spread over the source (default: all)",
     )
     split = parser.add_argument_group("split")
+    split.add_argument("--valid-fraction", type=float, default=0.05, help="share for validation, 0 to 1")
+    split.add_argument("--test-fraction", type=float, default=0.05, help="share for the final test, 0 to 1")
     split.add_argument(
-        "--valid-fraction", type=float, default=0.05, help="share of the documents for validation, 0 to 1"
-    )
-    split.add_argument(
-        "--test-fraction", type=float, default=0.05, help="share of the documents for the final test, 0 to 1"
+        "--split-by",
+        choices=("hash", "position"),
+        help="place each document by its hash, or the beginning of the text for training, then validation, "
+        "then test, cut to the byte (default: the catalogue's; else hash)",
     )
     split.add_argument(
         "--split-unit",
@@ -249,6 +251,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             test_fraction=arguments.test_fraction,
             unit=arguments.split_unit,
             chunk_characters=arguments.chunk_characters,
+            by=arguments.split_by,
         ),
         limit_documents=arguments.limit_documents,
         tokenizer_sample_characters=int(arguments.tokenizer_sample_mchars * 1_000_000),

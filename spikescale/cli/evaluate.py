@@ -1,152 +1,316 @@
-"""`spikescale evaluate`: loss, perplexity, bits per byte and character over a whole split."""
+"""`spikescale evaluate`: perplexity and bits of a text, last words, tasks of lm-evaluation-harness."""
 
 import argparse
+import contextlib
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikescale.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from spikescale.model.store import LoadedModel
+
+EXAMPLES = """examples:
+  spikescale evaluate runs/tiny --data data/shakespeare-byte --split test --stride 64
+  spikescale evaluate runs/tiny --text notes.txt --state carry --json
+  spikescale evaluate runs/216m --text wikitext-2/test.txt --detokenize wikitext
+  spikescale evaluate runs/216m --lambada lambada
+  spikescale evaluate runs/216m --tasks piqa,lambada_openai --limit 200"""
+
+# How figures are called in the table; in JSON they have the name at the left.
+LABELS = {
+    "token_loss": "token loss (nats)",
+    "token_perplexity": "token perplexity",
+    "bits_per_byte": "bits per byte (BPB)",
+    "bits_per_character": "bits per character (BPC)",
+    "word_perplexity": "word perplexity",
+    "word_perplexity_with_line_ends": "word perplexity, line ends counted as words",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.epilog = EXAMPLES
     parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="prepared data (see `spikescale data prepare`)"
+    what = parser.add_argument_group("what on (one of them)").add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="prepared data (see `spikescale data prepare`)"
     )
-    parser.add_argument("--split", default="test", help="train, valid or test")
-    parser.add_argument("--context-length", type=int, help="tokens of a window (default: the model's)")
-    parser.add_argument(
+    what.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="text files, each a document; .jsonl, .parquet too",
+    )
+    what.add_argument(
+        "--lambada",
+        metavar="NAME|FILE",
+        help="passages whose last word is to be guessed: `lambada` (from the hub), a .jsonl, or a text file "
+        "with one a line",
+    )
+    what.add_argument(
+        "--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between (extra `eval`)"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--split", default="test", help="of --data: train, valid or test")
+    text.add_argument(
+        "--window", "--context-length", type=int, metavar="TOKENS", help="of a window (default: the model's)"
+    )
+    text.add_argument(
         "--stride",
         type=int,
-        help="tokens scored by each window after the first (default: the context length; "
+        metavar="TOKENS",
+        help="tokens scored by each window after the first (default: the window; "
         "less costs more and gives every token a longer context)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="windows computed together")
-    parser.add_argument(
-        "--carry-state",
-        action="store_true",
-        help="read the split in one pass, each token with all those before it as context",
+    text.add_argument(
+        "--state",
+        choices=("window", "carry"),
+        default="window",
+        help="the context of a token: what its window holds, or everything before it, in one pass",
     )
-    parser.add_argument("--limit", type=int, help="score only the first tokens of the split")
-    parser.add_argument(
+    text.add_argument(
+        "--limit", type=int, metavar="N", help="only the first tokens, passages, items of a task"
+    )
+    text.add_argument(
+        "--detokenize",
+        metavar="NAME",
+        help="wikitext: let the model read WikiText as it would be written, and count words as published "
+        "(default: nothing is changed)",
+    )
+    text.add_argument(
+        "--trigram", action="store_true", help="of --data, also a byte trigram model of the train split"
+    )
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front (default: the task's)")
+    tasks.add_argument(
+        "--include-path", type=Path, metavar="FOLDER", help="with tasks of your own in YAML (default: none)"
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument("--batch-size", type=int, default=8, help="windows or contexts computed together")
+    work.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32", help="of the matrix products"
     )
-    parser.add_argument("--trigram", action="store_true", help="also a byte trigram model of the train split")
-    parser.add_argument(
+    work.add_argument(
         "--backend", choices=("auto", "reference", "cpu"), help="operators (default: the model's)"
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    work.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    work.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and print a table or one JSON object."""
     import torch
 
-    from spikescale.data_pipeline.manifest import load_manifest
-    from spikescale.data_pipeline.stream import split_tokens
-    from spikescale.evaluation import LanguageModelResult, evaluate_tokens
-    from spikescale.evaluation.language_model import count_conditions
     from spikescale.inference.device import choose_device
     from spikescale.model.store import find_model_folder, load_model_folder
 
-    if arguments.carry_state and arguments.stride is not None:
-        raise UserError("--stride and --carry-state exclude each other: a carried state has no windows")
+    _require_sense(arguments)
     device = choose_device(arguments.device)
-    manifest = load_manifest(arguments.data)
-    totals = manifest.totals(arguments.split)
     loaded = load_model_folder(find_model_folder(arguments.model), backend=arguments.backend)
-    if loaded.tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise UserError(
-            f"{arguments.data}: was prepared with another tokenizer ({manifest.tokenizer.sha256[:12]}) "
-            f"than the one of {loaded.folder} ({loaded.tokenizer.sha256[:12]})"
-        )
-    tokens = split_tokens(manifest, arguments.split)
-    count = len(tokens) if arguments.limit is None else min(arguments.limit, len(tokens))
-    context_length = loaded.config.context_length
-    if arguments.context_length is not None:
-        context_length = arguments.context_length
-    text_ids = loaded.tokenizer.text_vocab_size
-    conditions = 0
-    if text_ids < loaded.tokenizer.vocab_size:
-        conditions = count_conditions(tokens, text_ids, arguments.limit)
-    stride = context_length if arguments.stride is None else arguments.stride
+    loaded.model.to(device)
     begin = time.perf_counter()
-    nats, scored = evaluate_tokens(
-        loaded.model.to(device),
-        tokens,
-        context_length=context_length,
-        stride=stride,
-        batch_size=arguments.batch_size,
-        eos_id=loaded.tokenizer.eos_id,
-        limit=arguments.limit,
-        autocast=torch.bfloat16 if arguments.precision == "bfloat16" else None,
-        carry_state=arguments.carry_state,
-        progress=_progress(count),
-        text_ids=text_ids if conditions else None,
-    )
-    seconds = time.perf_counter() - begin
-    result = LanguageModelResult.from_sum(
-        nats,
-        scored,
-        split_tokens=totals.tokens,
-        split_bytes=totals.bytes,
-        split_characters=totals.characters,
-        conditions=conditions,
-    )
-    shown = {
-        "model": str(loaded.folder),
-        "data": str(arguments.data),
-        "split": arguments.split,
-        "context_length": context_length,
-        "stride": None if arguments.carry_state else stride,
-        "carry_state": arguments.carry_state,
-        **result.as_dict(),
-        "seconds": seconds,
-    }
-    if arguments.trigram:
-        from spikescale.evaluation.ngram import trigram_baseline
-
-        (shown["trigram_bits_per_byte"],) = trigram_baseline(
-            manifest, loaded.tokenizer, [arguments.split]
-        ).values()
+    autocast = torch.bfloat16 if arguments.precision == "bfloat16" else None
+    if arguments.data is not None or arguments.text is not None:
+        shown = _language_model(arguments, loaded, autocast)
+    else:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            shown = (_lambada if arguments.lambada is not None else _tasks)(arguments, loaded)
+    shown = {"model": str(loaded.folder), **shown, "seconds": time.perf_counter() - begin}
     _print(shown, arguments.json)
     return 0
 
 
-def _progress(count: int) -> Callable[[int], None] | None:
-    """A line on a terminal's standard error that counts the tokens scored; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return None
-    scored = 0
+def _require_sense(arguments: argparse.Namespace) -> None:
+    if arguments.state == "carry" and arguments.stride is not None:
+        raise UserError("--stride and --state carry exclude each other: a carried state has no windows")
+    if arguments.trigram and arguments.data is None:
+        raise UserError("--trigram needs --data: it is fitted on the train split")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit}: must be at least 1")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
+    if arguments.window is not None and arguments.window < 1:
+        raise UserError(f"--window {arguments.window}: must be at least 1")
+    of_tasks = {"--num-fewshot": arguments.num_fewshot, "--include-path": arguments.include_path}
+    for name, value in of_tasks.items():
+        if value is not None and arguments.tasks is None:
+            raise UserError(f"{name} goes with --tasks")
+    for name in ("stride", "detokenize"):
+        if getattr(arguments, name) is not None and arguments.data is None and arguments.text is None:
+            raise UserError(f"--{name} goes with --data or --text")
 
-    def show(newly_scored: int) -> None:
-        nonlocal scored
-        scored += newly_scored
-        end = "\n" if scored == count else ""
-        print(
-            f"\r{scored:,} of {count:,} tokens ({scored / count:.0%})", end=end, file=sys.stderr, flush=True
+
+def _language_model(arguments: argparse.Namespace, loaded: "LoadedModel", autocast: Any) -> dict[str, Any]:
+    from spikescale.data_pipeline.manifest import load_manifest
+    from spikescale.evaluation import LanguageModelResult, evaluate_tokens
+    from spikescale.evaluation.detokenize import detokenizer
+    from spikescale.evaluation.language_model import count_conditions
+    from spikescale.evaluation.texts import file_text, split_text
+
+    tokenizer = loaded.tokenizer
+    rewrite = None if arguments.detokenize is None else detokenizer(arguments.detokenize)
+    where: dict[str, Any]
+    if arguments.data is not None:
+        manifest = load_manifest(arguments.data)
+        text = split_text(manifest, arguments.split, tokenizer, rewrite)
+        where = {"data": str(arguments.data), "split": arguments.split}
+    else:
+        text = file_text(arguments.text, tokenizer, rewrite)
+        where = {"text": " ".join(map(str, arguments.text))}
+    tokens = text.tokens
+    count = len(tokens) if arguments.limit is None else min(arguments.limit, len(tokens))
+    window = arguments.window or loaded.config.context_length
+    conditions = 0
+    if tokenizer.text_vocab_size < tokenizer.vocab_size:
+        conditions = count_conditions(tokens, tokenizer.text_vocab_size, arguments.limit)
+    stride = window if arguments.stride is None else arguments.stride
+    carry = arguments.state == "carry"
+    with _progress("evaluating", count, "tokens") as advance:
+        nats, scored = evaluate_tokens(
+            loaded.model,
+            tokens,
+            context_length=window,
+            stride=stride,
+            batch_size=arguments.batch_size,
+            eos_id=tokenizer.eos_id,
+            limit=arguments.limit,
+            autocast=autocast,
+            carry_state=carry,
+            progress=advance,
+            text_ids=tokenizer.text_vocab_size if conditions else None,
         )
+    result = LanguageModelResult.from_sum(
+        nats,
+        scored,
+        split_tokens=len(tokens),
+        split_bytes=text.bytes,
+        split_characters=text.characters,
+        conditions=conditions,
+    )
+    share = scored / len(tokens)
+    shown = {
+        **where,
+        "detokenize": arguments.detokenize,
+        "window": None if carry else window,
+        "stride": None if carry else stride,
+        "state": arguments.state,
+        "token_loss": result.loss,
+        "token_perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "bits_per_character": result.bits_per_character,
+        "word_perplexity": _perplexity(nats, text.words * share),
+        "word_perplexity_with_line_ends": _perplexity(nats, (text.words + text.line_ends) * share),
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "characters": result.characters,
+        "words": text.words * share,
+        "line_ends": text.line_ends * share,
+        "documents": text.documents * share,
+    }
+    if arguments.trigram:
+        from spikescale.evaluation.ngram import trigram_baseline
 
-    return show
+        (shown["trigram_bits_per_byte"],) = trigram_baseline(manifest, tokenizer, [arguments.split]).values()
+    return shown
+
+
+def _perplexity(nats: float, units: float) -> float:
+    """exp of the nats a unit; not a number where there is no unit, infinite where it cannot be written."""
+    if not units:
+        return math.nan
+    return math.exp(nats / units) if nats / units < 700 else math.inf
+
+
+def _lambada(arguments: argparse.Namespace, loaded: "LoadedModel") -> dict[str, Any]:
+    from itertools import islice
+
+    from spikescale.data_pipeline.sources import open_source
+    from spikescale.data_pipeline.sources.readers import format_of
+    from spikescale.evaluation.last_word import evaluate_last_word
+    from spikescale.evaluation.scoring import Scorer
+
+    path = Path(arguments.lambada)
+    plain = path.is_file() and format_of(path) in (None, "text")
+    given: dict[str, Any] = {"format": "text", "split_on": "line"} if plain else {}
+    partitions = open_source([arguments.lambada], **given).partitions()
+    texts = (document.text for partition in partitions for document in partition.documents())
+    passages = list(islice(texts, arguments.limit))
+    window = None if arguments.state == "carry" else arguments.window or loaded.config.context_length
+    scorer = Scorer(
+        loaded.model, loaded.tokenizer.eos_id, loaded.tokenizer.vocab_size, arguments.batch_size, window
+    )
+    with _progress("guessing", len(passages), "passages") as advance:
+        result = evaluate_last_word(scorer, loaded.tokenizer, passages, advance)
+    return {
+        "lambada": arguments.lambada,
+        "window": window,
+        "state": arguments.state,
+        **result.as_dict(),
+    }
+
+
+def _tasks(arguments: argparse.Namespace, loaded: "LoadedModel") -> dict[str, Any]:
+    try:
+        from spikescale.evaluation.harness import evaluate_tasks
+    except ModuleNotFoundError as error:
+        raise UserError(f"--tasks needs {error.name}: pip install 'spikescale[eval]'") from None
+
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    window = None if arguments.state == "carry" else arguments.window or loaded.config.context_length
+    results = evaluate_tasks(
+        loaded,
+        names,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        include_path=arguments.include_path,
+        batch_size=arguments.batch_size,
+        window=window,
+        progress=sys.stderr.isatty(),
+    )
+    return {"window": window, "state": arguments.state, **results}
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None] | None]:
+    """A bar on a terminal's standard error; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def _print(shown: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(shown, indent=2))
         return
-    width = max(map(len, shown))
+    labels = {name: LABELS.get(name, name.replace("_", " ")) for name in shown}
+    width = max(map(len, labels.values()))
     for name, value in shown.items():
-        text = (
-            f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        )
-        print(f"{name.replace('_', ' '):<{width}}  {text}")
+        if value is not None and not isinstance(value, dict):
+            print(f"{labels[name]:<{width}}  {_shown(value)}")
+    for task, figures in shown.get("tasks", {}).items():
+        print(f"\n{task}")
+        width = max(map(len, figures), default=0)
+        for name, value in figures.items():
+            print(f"  {name:<{width}}  {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        if abs(value) >= 1e9:
+            return f"{value:.4g}"
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 100 else f"{value:.4f}"
+    return f"{value:,}" if type(value) is int else str(value)

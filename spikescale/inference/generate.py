@@ -76,7 +76,7 @@ def _generate(
         for chunk in start.split(prompt_chunk, dim=1):
             logits, state = model(chunk, state or None)
         last = logits[:, -1]
-        step = _stepper(model, state, decoder)
+        step = stepper(model, state, decoder)
         ended = torch.zeros(batch, dtype=torch.bool, device=device)
         for position in range(settings.max_tokens):
             last = last[:, :vocab_size]
@@ -142,7 +142,7 @@ def _announce(reason: str) -> None:
     logger.info("generation: torch runs the steps (%s)", reason)
 
 
-def _stepper(model: "SpikeGPT", state: "State", decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
+def stepper(model: "SpikeGPT", state: "State", decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
     """A function from tokens (B,) to the logits (B, V) of what follows, going on from `state`."""
     if decoder is not None:
         decoder.load_state(state)

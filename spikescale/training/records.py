@@ -22,6 +22,7 @@ from spikescale.training.dataset import Dataset
 log = logging.getLogger(__name__)
 
 MLFLOW_FILE = "mlflow_run.json"  # in the run's folder: the MLflow run to continue, and its store
+RESULT_FILE = "result.json"  # in the run's folder, once it is finished
 # MLflow's pages group charts by the part before the slash, in alphabetical order: the loss comes first.
 MLFLOW_NAMES = {
     "loss": "loss/train",
@@ -136,6 +137,11 @@ class RunRecords:
         if self.is_main and self._mlflow:
             step = self.config.train.steps
             self._mlflow.log_metrics({f"summary/{key}": value for key, value in figures.items()}, step)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json: what the finished run came to, replacing that of an earlier end."""
+        if self.is_main:
+            write_json(self.folder / RESULT_FILE, result)
 
     def close(self, status: str) -> None:
         """Draw the curves, hand the files to MLflow and end its run."""

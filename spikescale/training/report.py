@@ -95,5 +95,14 @@ def final_report(run: "Pretraining") -> None:
     }
     summary |= {f"{split}_trigram_bits_per_byte": value for split, value in baseline.items()}
     run.records.write_summary(summary | ({"tokens_per_second": speed} if speed else {}))
+    run.records.write_result(
+        {
+            "step": run.step,
+            "tokens": run.step * run.tokens_per_step,
+            "parameters": run.model.count_parameters(),
+            "firing_rate": firing,
+            "splits": {split: result.as_dict() for split, result in results.items()},
+        }
+    )
     for number, text in enumerate(texts, 1):
         console.say(f"\n--- sample {number}\n{text}")

@@ -61,11 +61,11 @@ def test_the_units_follow_from_one_sum_over_the_whole_split(model, data, capsys)
     assert shown["tokens"] == totals.tokens == len(split_tokens(load_manifest(data), "test"))
     assert (shown["bytes"], shown["characters"]) == (totals.bytes, totals.characters)
     assert totals.tokens == totals.bytes + totals.documents
-    bits = shown["loss"] * shown["tokens"] / math.log(2)
+    bits = shown["token_loss"] * shown["tokens"] / math.log(2)
     assert shown["bits_per_byte"] == pytest.approx(bits / totals.bytes)
     assert shown["bits_per_character"] == pytest.approx(bits / totals.characters)
     assert shown["bits_per_character"] > shown["bits_per_byte"]
-    assert shown["perplexity"] == pytest.approx(math.exp(shown["loss"]))
+    assert shown["token_perplexity"] == pytest.approx(math.exp(shown["token_loss"]))
 
 
 def test_a_carried_state_gives_the_loss_of_one_parallel_pass(model, data, capsys):
@@ -74,14 +74,14 @@ def test_a_carried_state_gives_the_loss_of_one_parallel_pass(model, data, capsys
     with torch.no_grad():
         logits, _ = load_model_folder(model).model(ids[None, :-1])
     expected = torch.nn.functional.cross_entropy(logits[0], ids[1:])
-    shown = evaluated(capsys, model, "--data", data, "--split", "valid", "--carry-state")
-    assert shown["loss"] == pytest.approx(float(expected), rel=1e-5)
+    shown = evaluated(capsys, model, "--data", data, "--split", "valid", "--state", "carry")
+    assert shown["token_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert shown["stride"] is None
 
 
 def test_batch_size_does_not_change_the_loss_and_the_stride_does(model, data, capsys):
     losses = [
-        evaluated(capsys, model, "--data", data, "--batch-size", batch, "--stride", stride)["loss"]
+        evaluated(capsys, model, "--data", data, "--batch-size", batch, "--stride", stride)["token_loss"]
         for batch, stride in ((1, 32), (7, 32), (64, 8))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -105,7 +105,8 @@ def test_without_json_the_result_is_a_table(model, data, capsys):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     table = {name.strip(): value.strip() for name, value in lines.items()}
     assert table["tokens"] == "100"
-    assert float(table["bits per byte"]) > 0
+    assert float(table["bits per byte (BPB)"]) > 0
+    assert float(table["token perplexity"]) < float(table["word perplexity"])
 
 
 def test_data_of_another_tokenizer_are_refused(data, tmp_path, capsys):
@@ -121,9 +122,12 @@ def test_data_of_another_tokenizer_are_refused(data, tmp_path, capsys):
     [
         (["--split", "tset"], "split 'tset': must be one of train, valid, test"),
         (["--stride", "33"], "stride 33: must be from 1 to the context length, 32"),
-        (["--stride", "8", "--carry-state"], "--stride and --carry-state exclude each other"),
-        (["--context-length", "0"], "context_length 0"),
-        (["--limit", "0"], "no tokens to evaluate"),
+        (["--stride", "8", "--state", "carry"], "--stride and --state carry exclude each other"),
+        (["--window", "0"], "--window 0: must be at least 1"),
+        (["--limit", "0"], "--limit 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--num-fewshot", "1"], "--num-fewshot goes with --tasks"),
+        (["--detokenize", "ptb"], "detokenize 'ptb': must be one of wikitext"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(model, data, words, complaint, capsys):
@@ -136,3 +140,54 @@ def test_bad_options_are_refused_in_one_line(model, data, words, complaint, caps
 def test_missing_data_are_refused(model, tmp_path, capsys):
     assert main(["evaluate", str(model), "--data", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_words_are_counted_in_the_text_and_pay_for_all_tokens(model, data, capsys):
+    shown = evaluated(capsys, model, "--data", data)
+    texts = [document.decode() for document in decoded(data, "test")]
+    assert shown["words"] == sum(len(text.split()) for text in texts)
+    assert shown["line_ends"] == sum(text.count("\n") for text in texts) == shown["documents"]
+    nats = shown["token_loss"] * shown["tokens"]
+    assert shown["word_perplexity"] == pytest.approx(math.exp(nats / shown["words"]))
+    longer = shown["words"] + shown["line_ends"]
+    assert shown["word_perplexity_with_line_ends"] == pytest.approx(math.exp(nats / longer))
+
+
+def decoded(data: Path, split: str) -> list[bytes]:
+    tokenizer = load_tokenizer(data / "tokenizer")
+    return [tokenizer.decode_bytes(ids.tolist()) for ids in iterate_documents(load_manifest(data), split)]
+
+
+def test_a_text_as_it_is_costs_what_the_prepared_one_costs(model, data, tmp_path, capsys):
+    prepared = evaluated(capsys, model, "--data", data, "--stride", 8)
+    files = []
+    for number, document in enumerate(decoded(data, "test")):
+        files.append(tmp_path / f"{number:02}.notes")  # a suffix that says nothing
+        files[-1].write_bytes(document)
+    raw = evaluated(capsys, model, "--text", *files, "--stride", 8)
+    assert raw["text"].count(".notes") == len(files)
+    for key in ("token_loss", "word_perplexity", "bits_per_byte", "tokens", "bytes", "characters", "words"):
+        assert raw[key] == pytest.approx(prepared[key], rel=1e-12), key
+
+
+def test_wikitext_is_read_as_written_and_counted_as_published(model, tmp_path, capsys):
+    published, written = " The cost was 1 @,@ 000 . \n", "The cost was 1,000.\n"
+    (tmp_path / "published.txt").write_text(published)
+    (tmp_path / "written.txt").write_text(written)
+    shown = evaluated(capsys, model, "--text", tmp_path / "published.txt", "--detokenize", "wikitext")
+    plain = evaluated(capsys, model, "--text", tmp_path / "written.txt")
+    # The space in front of a line belongs to the corpus too, the one before the first line is text.
+    assert shown["bytes"] == plain["bytes"] + 1
+    assert (shown["words"], plain["words"]) == (7, 4)
+    nats = shown["token_loss"] * shown["tokens"]
+    assert shown["word_perplexity"] == pytest.approx(math.exp(nats / 7))
+
+
+def test_missing_text_and_two_inputs_are_refused(model, data, tmp_path, capsys):
+    assert main(["evaluate", str(model), "--text", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt: no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(model), "--text", "a.txt", "--data", str(data)])
+    (tmp_path / "a.txt").write_text("text")
+    assert main(["evaluate", str(model), "--text", str(tmp_path / "a.txt"), "--trigram"]) == 2
+    assert "--trigram needs --data" in capsys.readouterr().err

@@ -31,6 +31,10 @@ def test_run_learns_and_leaves_everything_it_promises(run_file, tmp_path):
     validations = [r for r in records if "valid_loss" in r]
     assert [r["step"] for r in validations] == [6, 12, 18, 24, 30]
 
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["step"], set(result["splits"])) == (30, {"train", "valid", "test"})
+    assert f"{result['splits']['test']['bits_per_byte']:.4f}" in done.stdout
+
     checkpoints = folder / "checkpoints"
     assert (checkpoints / "latest").read_text().strip() == "step-00000030"
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000024", "step-00000030"]
