@@ -24,6 +24,7 @@ import torch
 
 from spikescale.errors import UserError
 from spikescale.kernels.build import INSTRUCTION_SETS, BuildError, instruction_sets
+from spikescale.kernels.compiling import assume_constant_result
 
 CPU_BACKENDS = tuple(f"cpu-{name}" for name in INSTRUCTION_SETS)
 BACKENDS = ("auto", "reference", "cpu", *CPU_BACKENDS, "triton")
@@ -37,7 +38,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 logger = logging.getLogger("spikescale.kernels")
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def choose_backend(operator: str, requested: str, device: str, dtype: torch.dtype) -> str:
     """The backend that serves `operator` for tensors of this device and dtype.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spikescale.kernels.backend import interpreting
+from spikescale.kernels.compiling import assume_constant_result
 
 # Multiprocessors of an H100, assumed where there is no GPU: in the interpreter, and compiling ahead of time.
 MULTIPROCESSORS = 132
@@ -34,7 +35,7 @@ def warps(threads: int) -> int:
     return max(threads // warp_size(), 1)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """How many of them a GPU has; MULTIPROCESSORS for the CPU."""
     if device.type != "cuda":

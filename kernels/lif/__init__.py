@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from spikescale.kernels.backend import choose_backend
+from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.lif.graded import graded_lif
 from spikescale.kernels.lif.reference import lif_reference
 
@@ -79,4 +80,4 @@ def lif(
 
 
 # A loop over tokens is not worth unrolling into a graph.
-_reference = torch.compiler.disable(lif_reference)
+_reference = not_compiled(lif_reference)

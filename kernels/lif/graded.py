@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.surrogate import atan_derivative, heaviside
 
 
@@ -184,4 +185,4 @@ def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 # A loop over tokens is not worth unrolling into a graph.
-_composed = torch.compiler.disable(_GradedLIF.apply)
+_composed = not_compiled(_GradedLIF.apply)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from spikescale.kernels.backend import choose_backend
+from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.wkv.reference import initial_state, wkv_reference
 
 __all__ = ["initial_state", "wkv"]
@@ -80,4 +81,4 @@ def wkv(
 
 
 # A loop over tokens is not worth unrolling into a graph.
-_reference = torch.compiler.disable(wkv_reference)
+_reference = not_compiled(wkv_reference)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spikescale.errors import UserError
+from spikescale.kernels.compiling import not_compiled
 
 CHUNK_LOGITS = 2**26  # logits in memory at once: 128 MiB of bfloat16
 MULTIPLE = 128  # of tokens in a chunk: whole tiles for the matrix products
 
 
-@torch.compiler.disable
+@not_compiled
 def fused_language_model_loss(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, regulariser: float = 0.0
 ) -> tuple[Tensor, Tensor]:

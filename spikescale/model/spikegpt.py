@@ -4,7 +4,6 @@ import math
 from typing import cast
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from spikescale.config.schema import ModelConfig
@@ -18,11 +17,6 @@ from spikescale.model.parts import Parts
 from spikescale.model.recompute import SpikeCounts, recomputed
 from spikescale.model.state import Relay, State, detach_state, fire, membranes
 from spikescale.model.time_mix import TimeMix
-
-# Recording a firing rate is a side effect that backward need not repeat. Unless told so, torch.compile
-# refuses checkpointed blocks whose neurons are monitored.
-if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 class SpikeGPT(nn.Module):
@@ -44,7 +38,7 @@ class SpikeGPT(nn.Module):
         if config.vocab_size is None:
             raise UserError("model.vocab_size is not set: give a number >= 2, or the data's tokenizer")
         self.config = config
-        self.activation_checkpointing = False
+        self._activation_checkpointing = False
         self.parts = parts = Parts() if parts is None else parts
         self.embedding = parts.embedding(
             config.vocab_size, config.width, config.binary_embedding, config.neuron
@@ -69,6 +63,23 @@ class SpikeGPT(nn.Module):
         state = [cast(Block, block).initial_state(batch, device, dtype) for block in self.blocks]
         state[-1].update(membranes([("head", self.head_neuron, self.config.width)], batch, device, dtype))
         return state
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in backward."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
+        self._activation_checkpointing = wanted
+        if wanted:
+            # Not at the top: importing it takes seconds, and nobody else needs it.
+            import torch._dynamo
+
+            # Recording a firing rate is a side effect that backward need not repeat. Unless told so,
+            # torch.compile refuses checkpointed blocks whose neurons are monitored.
+            if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+                torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
     def forward(
         self,

@@ -7,9 +7,11 @@ its place in variables of its own; DeepSpeed wants them under one set of names, 
 import os
 import re
 import socket
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -112,8 +114,7 @@ def set_threads(process: Process, threads: int | None) -> None:
 def join_processes(process: Process) -> None:
     """Start the communication between the ranks (NCCL on GPUs, gloo on CPUs). Waits for all of them."""
     silence_known_noise()
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
     # Building this CPU extension takes a minute and needs ninja, and only DeepSpeed's inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if process.device.type == "cuda" else "gloo"
@@ -155,6 +156,19 @@ def leave_processes() -> None:
 def available_cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _import_deepspeed() -> Any:
+    # Its autotuner, which nothing here uses, imports mlflow if it can: a second of every rank's start.
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 def silence_known_noise() -> None:

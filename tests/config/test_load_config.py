@@ -96,6 +96,7 @@ def test_every_model_preset_is_valid():
 
 def test_heavy_packages_are_not_imported_by_the_model_or_the_command():
     heavy = ["ray", "deepspeed", "megatron", "mlflow", "transformers", "datasets", "matplotlib"]
+    heavy.append("torch._dynamo")  # torch's compiler, behind torch.compiler's decorators
     code = (
         "import sys, spikescale.model, spikescale.cli.main, spikescale.training.pretrain\n"
         "spikescale.cli.main.build_parser()\n"
