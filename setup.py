@@ -100,8 +100,8 @@ setup(
             *S3,
             *TRANSFORMERS,
             *NIR,
-            # Neurons are compared with those of snnTorch and SpikingJelly, which also run NIR graphs. The Makefile
-            # installs SpikingJelly without what it asks for: torchvision would replace torch.
+            # Neurons are compared with those of snnTorch and SpikingJelly, which also run NIR graphs. The
+            # Makefile installs SpikingJelly without what it asks for: torchvision would replace torch.
             "snntorch>=1.0,<1.1",
             "nirtorch>=2.6,<2.7",
             "loguru>=0.7,<1",

@@ -4,6 +4,7 @@ The same script runs under `deepspeed`, `torchrun`, `srun` and plain `python`. E
 its place in variables of its own; DeepSpeed wants them under one set of names, before it is imported.
 """
 
+import importlib
 import os
 import re
 import socket
@@ -159,15 +160,22 @@ def available_cores() -> int:
 
 
 def _import_deepspeed() -> Any:
-    # Its autotuner, which nothing here uses, imports mlflow if it can: a second of every rank's start.
+    """DeepSpeed, without what it imports for parts that nothing here uses: seconds of every rank's start."""
     hidden = "mlflow" not in sys.modules
     if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # its autotuner imports it if it can
     try:
         import deepspeed
+        from deepspeed.runtime import compiler
     finally:
         if hidden:
             del sys.modules["mlflow"]
+    # Its stages ask whether the optimizer is Muon, whose functions go to torch's compiler when imported.
+    compile_function, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_function
     return deepspeed
 
 
