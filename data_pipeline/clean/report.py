@@ -4,10 +4,7 @@ Documents are text of strangers: everything that comes from them is escaped, the
 are shown as such, their writing direction is kept to themselves, and the page may load nothing.
 """
 
-import base64
-import html
 import json
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +15,10 @@ from spikescale.data_pipeline.clean.summary import CleaningTotals, cleaning_tota
 from spikescale.data_pipeline.inspect import draw_document_lengths
 from spikescale.data_pipeline.manifest import Manifest
 from spikescale.data_pipeline.quarantine import SUMMARY as QUARANTINE
-from spikescale.files import read_json, write_bytes, write_text
+from spikescale.files import read_json
+from spikescale.pages import Pictures, image, table, text, write_page
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; padding: 0 1rem;
-  max-width: 62rem; margin: 2rem auto }
-h1 { font-size: 1.5rem }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-h3 { font-size: 1rem; margin-bottom: .3rem }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .9rem }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; vertical-align: top }
-.text { text-align: left }
-th { color: #555; font-weight: 600 }
-img { max-width: 100%; height: auto }
-code, pre { font: 12.5px/1.4 ui-monospace, monospace }
-pre { background: #f5f5f3; padding: .6rem .8rem; margin: .2rem 0 .9rem; white-space: pre-wrap }
-pre, .place { overflow-wrap: anywhere }
-.place { color: #666; font-size: .82rem }
-.note { color: #555 }
-"""
 MOST_FILES = 50  # of bad records, that are named
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(manifest: Manifest, path: Path) -> list[Path]:
@@ -60,41 +40,10 @@ def write_report(manifest: Manifest, path: Path) -> list[Path]:
         lengths = pictures.path("tokens")
         draw_document_lengths(manifest, lengths)
         pictures.written.append(lengths)
-        sections.append(
-            "<h2>Tokens of a document</h2>" + _image(lengths.read_bytes(), "tokens of a document")
-        )
-    title = f"Data report: {_text(manifest.source)}"
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
-    write_text(path, page)
+        sections.append("<h2>Tokens of a document</h2>" + image(lengths.read_bytes(), "tokens of a document"))
+    title = f"Data report: {text(manifest.source)}"
+    write_page(path, title, sections)
     return [path, *pictures.written]
-
-
-class Pictures:
-    """Writes the PNG files beside the page, and gives what shows them in it."""
-
-    def __init__(self, page: Path) -> None:
-        self._page = page
-        self.written: list[Path] = []
-
-    def path(self, name: str) -> Path:
-        """The file of a picture."""
-        return self._page.with_name(f"{self._page.stem}-{name}.png")
-
-    def show(self, name: str, title: str, content: bytes | None) -> str:
-        """Write a picture and return its element; nothing for None."""
-        if content is None:
-            return ""
-        self._page.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.path(name), content)
-        self.written.append(self.path(name))
-        return _image(content, title)
 
 
 def _overview(manifest: Manifest) -> str:
@@ -104,11 +53,11 @@ def _overview(manifest: Manifest) -> str:
         rows.append((split, totals.documents, totals.characters, totals.bytes, totals.tokens))
     tokenizer = manifest.tokenizer
     facts = (
-        f"<p>Source {_text(manifest.source)}, {manifest.partitions:,} partitions, tokenizer "
-        f"{_text(tokenizer.kind)} with {tokenizer.vocab_size:,} ids, data set "
-        f"<code>{_text(manifest.sha256[:12])}</code>.</p>"
+        f"<p>Source {text(manifest.source)}, {manifest.partitions:,} partitions, tokenizer "
+        f"{text(tokenizer.kind)} with {tokenizer.vocab_size:,} ids, data set "
+        f"<code>{text(manifest.sha256[:12])}</code>.</p>"
     )
-    return facts + _table(("split", "documents", "characters", "bytes", "tokens"), rows)
+    return facts + table(("split", "documents", "characters", "bytes", "tokens"), rows)
 
 
 def _bad_records(folder: Path) -> list[str]:
@@ -124,8 +73,8 @@ def _bad_records(folder: Path) -> list[str]:
     files = [(name, lines) for name, lines in content["files"].items()][:MOST_FILES]
     return [
         said
-        + (_table(("kind", "records"), rows) if rows else "")
-        + (_table(("file", "entries"), files) if files else "")
+        + (table(("kind", "records"), rows) if rows else "")
+        + (table(("file", "entries"), files) if files else "")
     ]
 
 
@@ -138,7 +87,7 @@ def _cleaning(totals: CleaningTotals, pictures: Pictures) -> Iterable[str]:
         f"{last.characters_out:,} characters ({_share(last.characters_out, first.characters_in)}) "
         "are left.</p>"
         + pictures.show("flow", "what is left after each stage", plots.draw_flow(totals))
-        + _table(
+        + table(
             (
                 "stage",
                 "documents in",
@@ -163,7 +112,7 @@ def _cleaning(totals: CleaningTotals, pictures: Pictures) -> Iterable[str]:
         )
     )
     used = {name: value for name, value in totals.settings.items() if value not in (None, [], {}, False)}
-    yield f"<details><summary>settings</summary><pre>{_text(json.dumps(used, indent=2))}</pre></details>"
+    yield f"<details><summary>settings</summary><pre>{text(json.dumps(used, indent=2))}</pre></details>"
     yield "<h2>What each rule dropped</h2>" + _drops(totals, pictures)
     lengths = pictures.show("lengths", "lengths before and after", plots.draw_lengths(totals.lengths))
     yield f"<h2>Characters of a document, before and after</h2>{lengths}"
@@ -188,7 +137,7 @@ def _drops(totals: CleaningTotals, pictures: Pictures) -> str:
     shown = f"<p>The picture shows the {plots.MOST_BARS} that dropped most.</p>"
     heads = ("rule", "limit", "documents", "of those read", "characters", "of those read")
     picture = pictures.show("drops", "dropped by each rule", plots.draw_drops(totals))
-    return (shown if len(rows) > plots.MOST_BARS else "") + picture + _table(heads, rows)
+    return (shown if len(rows) > plots.MOST_BARS else "") + picture + table(heads, rows)
 
 
 def _limit(rule: str, settings: dict[str, Any]) -> str:
@@ -223,56 +172,21 @@ def _clusters(clusters: dict[str, Any], pictures: Pictures) -> str:
         f"<p>Groups of equal or similar documents: {clusters['clusters']:,}. "
         "Of each one document was kept.</p>"
         + pictures.show("clusters", "sizes of groups of duplicates", plots.draw_clusters(clusters))
-        + _table(("kept", "documents in the group"), rows)
+        + table(("kept", "documents in the group"), rows)
     )
 
 
 def _samples(totals: CleaningTotals) -> str:
     parts = []
     for rule, entries in totals.samples.items():
-        parts.append(f"<h3>{_text(rule)}</h3>")
+        parts.append(f"<h3>{text(rule)}</h3>")
         for entry in entries:
-            note = f"; {_text(entry['note'])}" if entry["note"] else ""
-            place = f'<div class="place"><bdi>{_text(entry["place"])}</bdi>{note}</div>'
-            parts.append(f'{place}<pre dir="auto">{_text(entry["text"])}</pre>')
+            note = f"; {text(entry['note'])}" if entry["note"] else ""
+            place = f'<div class="place"><bdi>{text(entry["place"])}</bdi>{note}</div>'
+            parts.append(f'{place}<pre dir="auto">{text(entry["text"])}</pre>')
     chosen = "<p class='note'>Of each rule those with the smallest hashes, cut to 600 characters.</p>"
     return chosen + "".join(parts) if parts else "<p>Nothing was dropped.</p>"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    listed = list(rows)
-    classes = [
-        ""
-        if all(isinstance(row[column], int) or str(row[column]).endswith("%") for row in listed)
-        else "text"
-        for column in range(len(heads))
-    ]
-
-    def line(tag: str, values: Sequence[Any]) -> str:
-        shown = (f"{value:,}" if isinstance(value, int) else _text(str(value)) for value in values)
-        cells = (f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in zip(classes, shown, strict=True))
-        return f"<tr>{''.join(cells)}</tr>"
-
-    body = "".join(line("td", row) for row in listed)
-    return f"<table><thead>{line('th', heads)}</thead><tbody>{body}</tbody></table>"
-
-
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f}%" if whole else "-"
-
-
-def _image(content: bytes, title: str) -> str:
-    encoded = base64.b64encode(content).decode("ascii")
-    return f'<p><img alt="{_text(title)}" src="data:image/png;base64,{encoded}"></p>'
-
-
-def _text(text: str) -> str:
-    """Text of a stranger, to stand between tags or in a quoted attribute."""
-    return html.escape("".join(map(_visible, text)), quote=True)
-
-
-def _visible(character: str) -> str:
-    # Controls (but line ends and tabs), format characters such as overrides of direction, and surrogates.
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
-        return character
-    return f"\\u{ord(character):04x}"

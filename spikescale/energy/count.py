@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spikescale.energy.operations import Count, Part
 from spikescale.errors import UserError
+from spikescale.inference.reading import batches
 from spikescale.model.block import Block
 from spikescale.model.channel_mix import EXPANSION, ChannelMix
 from spikescale.model.embedding import Embedding
@@ -258,11 +259,3 @@ def count_operations(
             if progress is not None:
                 progress(windows.numel())
     return counter.parts()
-
-
-def batches(tokens: Tensor, context_length: int, batch_size: int) -> Iterator[Tensor]:
-    """(B, T) windows of a text that follow one another; the last one alone and shorter, if need be."""
-    whole = len(tokens) // context_length * context_length
-    yield from tokens[:whole].view(-1, context_length).split(batch_size)
-    if whole < len(tokens):
-        yield tokens[None, whole:]

@@ -31,6 +31,14 @@ def read_tokens(path: Path, tokenizer: "Tokenizer", limit: int | None = None) ->
     return ids if limit is None else ids[:limit]
 
 
+def batches(tokens: Tensor, context_length: int, batch_size: int) -> Iterator[Tensor]:
+    """(B, T) windows of a text that follow one another; the last one alone and shorter, if need be."""
+    whole = len(tokens) // context_length * context_length
+    yield from tokens[:whole].view(-1, context_length).split(batch_size)
+    if whole < len(tokens):
+        yield tokens[None, whole:]
+
+
 @contextlib.contextmanager
 def reading_progress(what: str, tokens: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time that is left, on a terminal's standard error; yields what counts tokens read."""
