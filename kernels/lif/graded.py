@@ -184,5 +184,6 @@ def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.sum() if parameter.dim() == 0 else gradient.flatten(0, -2).sum(0)
 
 
-# A loop over tokens is not worth unrolling into a graph.
-_composed = not_compiled(_GradedLIF.apply)
+@not_compiled  # a loop over tokens is not worth unrolling into a graph
+def _composed(*arguments: Any) -> Any:
+    return _GradedLIF.apply(*arguments)
