@@ -9,6 +9,7 @@ FORMATS = {
     "rwkv4": "model.pth for RWKV-4's programs (variant rwkv)",
     "hf-rwkv": "transformers' RwkvForCausalLM (variant rwkv)",
     "hf": "transformers with spikescale.interop.hf: every variant, a tokenizer and a model card",
+    "nir": "a NIR graph of neurons and projections, and the weights of the rest (spikegpt-driven)",
 }
 
 

@@ -27,7 +27,7 @@ from spikescale.model.store import (
 )
 from spikescale.tensor_shards import write_sharded
 
-Format = Literal["spikescale", "spikegpt", "rwkv4", "hf-rwkv", "hf"]
+Format = Literal["spikescale", "spikegpt", "rwkv4", "hf-rwkv", "hf", "nir"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PTH = "model.pth"
 _OF_TRAINING = {"detach_reset", "surrogate_alpha"}  # of a neuron: what running it does not depend on
@@ -59,7 +59,9 @@ def export_model(
         save_hf_folder(loaded, destination, DTYPES[dtype], max_shard_bytes)
     else:
         with folder_aside(destination) as aside:
-            if kind == "hf-rwkv":
+            if kind == "nir":
+                _write_nir(aside, loaded)
+            elif kind == "hf-rwkv":
                 _write_hf_rwkv(aside, weights, loaded, dtype, max_shard_bytes)
             else:
                 torch.save(rename(weights, BLINK, DTYPES[dtype]), aside / PTH)
@@ -84,6 +86,16 @@ def rename(weights: Mapping[str, Tensor], naming: Naming, dtype: torch.dtype) ->
         shape = naming.their_shape(ours, tuple(weight.shape))
         renamed[naming.theirs(ours)] = narrow.reshape(shape).contiguous()
     return renamed
+
+
+def _write_nir(folder: Path, loaded: LoadedModel) -> None:
+    from spikescale.interop.nir_graph import projections, to_nir, write_nir
+    from spikescale.interop.nir_simulate import GRAPH, HOST
+
+    write_nir(folder / GRAPH, to_nir(loaded.model))
+    in_graph = {f"{name}.weight" for name in projections(loaded.config)}
+    rest = {name: p.detach() for name, p in loaded.model.named_parameters() if name not in in_graph}
+    write_sharded(folder, HOST, rest, None, {"format": "pt"})
 
 
 def _write_hf_rwkv(
@@ -122,8 +134,14 @@ def _refuse_unsupported(config: ModelConfig, kind: str, dtype: str, max_shard_by
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if kind == "spikescale" and dtype != "float32":
         raise UserError(f"--dtype {dtype}: the spikescale format is float32")
-    if kind in ("spikegpt", "rwkv4") and max_shard_bytes is not None:
-        raise UserError(f"--max-shard-size: the format {kind} is one .pth file")
+    if kind in ("spikegpt", "rwkv4", "nir") and max_shard_bytes is not None:
+        raise UserError(f"--max-shard-size: the format {kind} is one file")
+    if kind == "nir":
+        if dtype != "float32":
+            raise UserError(f"--dtype {dtype}: the format nir is float32")
+        from spikescale.interop.nir_graph import refuse_inexpressible
+
+        refuse_inexpressible(config)
     if kind in ("rwkv4", "hf-rwkv") and config.variant != "rwkv":
         raise UserError(
             f"--format {kind}: the model's variant is {config.variant}, and RWKV-4 has no neurons"
