@@ -69,6 +69,7 @@ setup(
         "rich>=15,<16",
         "matplotlib>=3.10,<4",
         "numpy>=2.2,<3",
+        "scipy>=1.15,<2",
         "pyarrow>=21,<26",
         "pyyaml>=6,<7",
         "zstandard>=0.25,<0.26",

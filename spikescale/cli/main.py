@@ -19,6 +19,7 @@ COMMANDS = {
         "spikescale.cli.evaluate",
         "loss, perplexity, bits per byte and character over a whole split",
     ),
+    "ablate": ("spikescale.cli.ablate", "train the variants at equal budget over seeds, and compare them"),
     "export": (
         "spikescale.cli.export",
         "write a checkpoint's model as a folder of its own, for this or another program",
