@@ -246,10 +246,11 @@ def _agree_on_token(address: str | None) -> None:
 
 
 @contextlib.contextmanager
-def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
-    """A pool on Ray: the running one of this process if any, the cluster at `address`, or a fresh local one.
+def ray_running(cpus: int, address: str | None = None, otherwise: str = "") -> Iterator[dict[str, float]]:
+    """Ray as this process has it, or the cluster at `address`, or a fresh local one: its resources by name.
 
-    Ray is shut down at the end if it was started here. Raises UserError when it cannot be reached.
+    It is shut down at the end if it was started here. `otherwise` tells what works without it. Raises
+    UserError when it cannot be reached.
     """
     # These are read by Ray when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -258,14 +259,16 @@ def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
     try:
         import ray
     except ImportError as error:
-        raise UserError(f"Ray is not installed ({error}): install it, or use --no-ray") from None
+        raise UserError(
+            f"Ray is not installed ({error}): install it{otherwise and f', or {otherwise}'}"
+        ) from None
     started = not ray.is_initialized()
     if started:
         began = time.monotonic()
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address is None:
-                ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
                 ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own kinds
@@ -275,16 +278,23 @@ def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
                 "; its token is needed here too (RAY_AUTH_TOKEN_PATH), if it asks for one" if address else ""
             )
             raise UserError(
-                f"cannot start or reach {where} ({reason}){token}; --no-ray works without"
+                f"cannot start or reach {where} ({reason}){token}{otherwise and f'; {otherwise}'}"
             ) from None
         logger.info("Ray is up after %.1f s", time.monotonic() - began)
     try:
-        cores = int(ray.cluster_resources().get("CPU", 0))
+        yield ray.cluster_resources()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
+    """A pool on `ray_running`. Raises UserError when Ray cannot be reached."""
+    with ray_running(workers, address, "--no-ray works without") as resources:
+        cores = int(resources.get("CPU", 0))
         if cores < workers:
             logger.warning(
                 "%d workers asked for, the Ray cluster has %d cores: using %d", workers, cores, max(cores, 1)
             )
         yield RayPool(max(1, min(workers, cores)))
-    finally:
-        if started:
-            ray.shutdown()

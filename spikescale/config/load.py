@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,13 +47,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    merged = _merged(_mapping(text, str(path)), _overrides(overrides))
+    return _settled(_merged(_mapping(text, str(path)), _overrides(overrides)), str(path))
+
+
+def settings_of(content: Mapping[str, Any], overrides: Sequence[str], origin: str) -> RunConfig:
+    """As `load_config`, of settings that are in memory; `origin` is what messages call them."""
+    return _settled(_merged(OmegaConf.create(dict(content)), _overrides(overrides)), origin)
+
+
+def _settled(merged: DictConfig, origin: str) -> RunConfig:
     for group in ("model", "zero"):
         section = merged.get(group)
         preset = section.get("preset") if isinstance(section, DictConfig) else None
         if preset is not None:
             merged[group] = _merged(read_preset(group, str(preset)), section)
-    return _validated(RunConfig, merged, str(path))
+    config: RunConfig = _validated(RunConfig, merged, origin)
+    return config
 
 
 def _merged(below: DictConfig, above: DictConfig) -> DictConfig:

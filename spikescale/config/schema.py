@@ -76,6 +76,7 @@ class ModelConfig(Strict):
     binary_embedding: bool = True
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     neuron: NeuronConfig = NeuronConfig()
+    width_transfer: Positive | None = None  # muP: the width that the learning rate was tuned at; None: off
     reset_at_documents: bool = False  # the end of a document clears the state: the next one starts afresh
     backend: Literal["auto", "reference", "cpu", "cpu-avx512", "cpu-avx2", "cpu-plain", "triton"] = "auto"
 
@@ -262,6 +263,7 @@ class TrainConfig(Strict):
     warmup_steps: Count = 100
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2  # wsd: the share of the steps over which the rate decays
+    decay_shape: Literal["linear", "1-sqrt"] = "linear"  # wsd: how it decays
     betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.99)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -289,6 +291,7 @@ class TrainConfig(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     trigram_baseline: bool = False  # fit a byte trigram model on the training text, for the final table
     save_every: Count = 200  # 0: only at the end
+    save_at: tuple[Positive, ...] = ()  # steps whose checkpoints are written besides, and stay
     save_async: bool = False  # copy the state and go on; write it in the background
     keep_last: Positive = 2
     seed: Count = 0
@@ -308,6 +311,8 @@ class MlflowConfig(Strict):
     enabled: bool = True
     uri: str | None = None  # None: sqlite:///<output>/mlflow.db
     experiment: str = "spikescale"
+    parent_run: str | None = None  # id of the run that this one is shown under
+    tags: dict[str, str] = {}  # of the run, besides what is always recorded
 
 
 class RunConfig(Strict):
@@ -316,6 +321,7 @@ class RunConfig(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     output: Path = Path("runs")  # the run's files go to <output>/<name>
     resume: Literal["auto", "never", "must"] = "auto"
+    branch_from: Path | None = None  # a checkpoint of another run, which this one continues while it has none
     model: ModelConfig = ModelConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()

@@ -35,7 +35,12 @@ def initial_value(name: str, shape: torch.Size | tuple[int, ...], config: ModelC
         return _orthogonal(name, shape, 1e-4 * math.sqrt(max(shape)), seed)
     if name == "head.weight":
         vocab_size, width = shape
-        return _orthogonal(name, shape, 0.5 * math.sqrt(max(vocab_size / width, 1.0)), seed)
+        gain = 0.5 * math.sqrt(max(vocab_size / width, 1.0))
+        if config.width_transfer is not None:
+            # muP: logits of a wide model start smaller (Yang et al. 2022, Table 8). The other matrices are
+            # orthogonal, whose spectral norm does not grow with the width, or zero: nothing to scale.
+            gain *= math.sqrt(config.width_transfer / width)
+        return _orthogonal(name, shape, gain, seed)
     match = _BLOCK.fullmatch(name)
     layer, local = (int(match[1]), match[2]) if match else (0, name)
     if re.fullmatch(r"ln(0|1|2|_out)\.(weight|bias)", local):

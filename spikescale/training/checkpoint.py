@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,11 @@ class CheckpointFolder:
         name = from_main(self.process, lambda: self._newest_valid_name(at_most))
         return agreed(self.process, lambda: read_checkpoint(self.folder / name)) if name else None
 
+    def of_another_run(self, folder: Path) -> Checkpoint:
+        """The checkpoint `folder`, verified by rank 0, on every rank. Raises UserError on every rank."""
+        agreed(self.process, lambda: verify_checkpoint(folder) if self.process.is_main else None)
+        return agreed(self.process, lambda: read_checkpoint(folder))
+
     def _newest_valid_name(self, at_most: int | None) -> str | None:
         for name in reversed(self.names()):
             try:
@@ -185,7 +190,8 @@ class CheckpointFolder:
             write.keywords["model"] = functools.partial(
                 save_model_folder, aside / MODEL, weights, config.model, tokenizer, info
             )
-        publish = functools.partial(self._publish, name, aside, keep_last=config.train.keep_last)
+        keep = {f"step-{step:08d}" for step in config.train.save_at}
+        publish = functools.partial(self._publish, name, aside, keep_last=config.train.keep_last, keep=keep)
         self._saving, self._name = Saving(self.process, aside, write, publish), name
         if config.train.save_async:
             self._saving.stall_seconds = time.perf_counter() - began
@@ -275,14 +281,14 @@ class CheckpointFolder:
             " everything else continues exactly"
         )
 
-    def retire(self, keep_last: int) -> None:
-        """Point `best` at the lowest validation loss; remove all but that one and the last `keep_last`."""
+    def retire(self, keep_last: int, keep: Collection[str] = ()) -> None:
+        """Point `best` at the lowest loss; remove all checkpoints but it, `keep` and the last `keep_last`."""
         names = self.names()
         best = self.best()
         if best is not None:
             write_text(self.folder / "best", best + "\n")
         for name in names[:-keep_last]:
-            if name != best:
+            if name != best and name not in keep:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:
@@ -309,7 +315,9 @@ class CheckpointFolder:
             write_json(aside / STATE, content)
         return records
 
-    def _publish(self, name: str, aside: Path, files: dict[str, Any], keep_last: int) -> None:
+    def _publish(
+        self, name: str, aside: Path, files: dict[str, Any], keep_last: int, keep: Collection[str]
+    ) -> None:
         """Make a checkpoint of what all ranks wrote; on rank 0, possibly in the writing thread."""
         for folder in (aside, aside / TRAINING):
             fsync_folder(folder)
@@ -320,7 +328,7 @@ class CheckpointFolder:
         aside.replace(final)
         fsync_folder(self.folder)
         write_text(self.folder / "latest", name + "\n")
-        self.retire(keep_last)
+        self.retire(keep_last, keep)
 
     def _tell(self, saving: Saving) -> None:
         saving.told = True

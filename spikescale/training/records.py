@@ -97,7 +97,10 @@ class RunRecords:
             "data.tokenizer": data.tokenizer.kind,
             "ranks": str(process.world_size),
             **{f"environment.{key}": value for key, value in describe_environment().items()},
+            **self.config.mlflow.tags,
         }
+        if self.config.mlflow.parent_run is not None:
+            tags["mlflow.parentRunId"] = self.config.mlflow.parent_run
         self._mlflow.set_tags(tags)
         self._mlflow.log_parameters(_flat(settings))
         self._mlflow.log_file(self.folder / "config.yaml")

@@ -135,9 +135,11 @@ class Pretraining:
 
     def _restore(self) -> Checkpoint | None:
         checkpoint = None if self.config.resume == "never" else self.checkpoints.newest_valid()
+        if checkpoint is None and self.config.resume == "must":
+            raise UserError(f"resume = must: no usable checkpoint in {self.checkpoints.folder}")
+        if checkpoint is None and self.config.branch_from is not None:
+            checkpoint = self.checkpoints.of_another_run(self.config.branch_from)
         if checkpoint is None:
-            if self.config.resume == "must":
-                raise UserError(f"resume = must: no usable checkpoint in {self.checkpoints.folder}")
             return None
         written_for = ModelConfig.model_validate_json(checkpoint.state["model_json"])
         _require_same_model(written_for, self.config.model, checkpoint.folder)
@@ -207,7 +209,7 @@ class Pretraining:
 
     def _do_what_is_due(self) -> None:
         train = self.config.train
-        saving = self._is_due(train.save_every, self.step)
+        saving = self._is_due(train.save_every, self.step) or self.step in train.save_at
         if (saving or self._is_due(train.evaluate_every, self.step)) and not self._validate():
             assert self.validation is not None
             recovery.roll_back(self, f"the validation loss is {self.validation.loss}")
@@ -223,7 +225,7 @@ class Pretraining:
         train, engine = self.config.train, self.engine
         rate = learning_rate(self.step, train)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.injector.begin_step(self.step + 1)
         losses = torch.zeros((), device=self.process.device)
         sources = self._sources_of_rows(micro_batches) if measure else None

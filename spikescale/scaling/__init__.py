@@ -1,0 +1,1 @@
+"""The scaling-law lab: plan a ladder of runs, run it, fit the law, forecast, report."""

@@ -1,0 +1,146 @@
+"""Plans run on Ray: every run once, interrupted ones resumed, failed ones tried again and marked."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from spikescale.config import load_config
+from spikescale.data_pipeline.pools import ray_running
+from spikescale.scaling.outcomes import points_of_plan
+from spikescale.scaling.plan_file import Plan, PlannedRun
+from spikescale.scaling.points import final_points
+from spikescale.scaling.scheduler import Resources, State, run_plan, status_of
+from spikescale.scaling.slurm import CONFIG, SUBMIT, write_arrays, write_config
+
+
+def planned(name, steps, kind="run", **more):
+    trained = steps - more.get("branch_step", 0)
+    return PlannedRun(
+        name=name,
+        kind=kind,
+        family="spikegpt",
+        layers=2,
+        width=32,
+        parameters=46000,
+        parameters_non_embedding=30000,
+        flop_per_token=200000,
+        tokens=steps * 256,
+        steps=steps,
+        lr=5e-3,
+        flop=200000.0 * steps * 256,
+        cost_flop=200000.0 * trained * 256,
+        seconds=float(trained),
+        **more,
+    )
+
+
+@pytest.fixture
+def plan(tmp_path, prepared_data):
+    """A run of 12 steps, and the same twice more: in two lengths from one trunk."""
+    return Plan(
+        name="small",
+        design="branches",
+        device="cpu",
+        train_tokens=50000,
+        vocab_size=257,
+        min_lr_share=0.1,
+        decay_fraction=0.25,
+        base={
+            "output": str(tmp_path / "runs"),
+            "data": {"path": str(prepared_data), "verify": "size"},
+            "model": {"context_length": 32},
+            "train": {
+                "steps": 1000,
+                "batch_size": 8,
+                "warmup_steps": 2,
+                "lr": 5e-3,
+                "min_lr": 0.0,
+                "log_every": 1,
+                "evaluate_every": 0,
+                "evaluate_tokens": 1000,
+                "final_evaluation_tokens": 100,
+                "save_every": 0,
+                "sample_count": 0,
+            },
+            "mlflow": {"enabled": False},
+        },
+        runs=(
+            planned("trunk", 9, "trunk", save_at=(6, 9)),
+            planned("short", 8, "branch", branch_from="trunk", branch_step=6),
+            planned("long", 12, "branch", branch_from="trunk", branch_step=9),
+            planned("whole", 12),
+        ),
+    )
+
+
+def losses(plan, name):
+    lines = (plan.output / name / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_run_of_a_plan_is_done_once_whatever_happens_to_it(plan, tmp_path):
+    config = write_config(plan, plan.output / CONFIG)
+    state = State.read(plan.output / "state.json")
+    names = [run.name for run in plan.runs]
+    resources = Resources(slots=2)
+    with ray_running(2):
+        # Killed in its third step, and no retry: marked, and so are its branches.
+        status = run_plan(plan, config, state, resources, ["trunk"], 0, ["faults.inject=kill@3"])
+        assert status == {"trunk": "failed", "short": "blocked", "long": "blocked", "whole": "open"}
+        assert State.read(state.path).failures["trunk"] == state.failures["trunk"]
+        assert len(state.failures["trunk"]) == 1
+        # With a retry it goes on. The whole run is killed and tried again, then stopped and resumed.
+        status = run_plan(plan, config, state, resources, ["trunk", "long"], 1)
+        assert status == {"trunk": "finished", "short": "open", "long": "finished", "whole": "open"}
+        status = run_plan(plan, config, state, resources, ["whole"], 1, ["faults.inject=kill@3;sigterm@5"])
+        assert status == {"trunk": "finished", "short": "open", "long": "finished", "whole": "finished"}
+        assert {name: len(lines) for name, lines in state.failures.items()} == {"trunk": 1, "whole": 1}
+    console = (plan.output / "whole" / "console.txt").read_text()
+    assert "resumed at step 5" in console
+    # A branch is the whole run, bit for bit.
+    assert list(losses(plan, "long")) == [10, 11, 12]
+    whole = losses(plan, "whole")
+    assert losses(plan, "long") == {step: whole[step] for step in (10, 11, 12)}
+    assert losses(plan, "trunk") == {step: whole[step] for step in range(1, 10)}
+    finals = final_points(points_of_plan(plan))
+    assert {point.run: point.tokens for point in finals} == {"long": 3072, "whole": 3072}
+    assert len({point.loss for point in finals if point.tokens == 3072}) == 1
+    assert all(0 < point.firing_rate < 1 for point in finals)
+    # Done is done: nothing is started again, not even Ray.
+    names.remove("short")
+    before = {name: (plan.output / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
+    run_plan(plan, config, state, resources, names)
+    assert before == {name: (plan.output / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
+
+
+def test_plan_as_job_arrays_names_every_open_run(plan, tmp_path):
+    runs = [run for run in plan.runs if run.name != "whole"]
+    script = write_arrays(plan, runs, tmp_path / "jobs", 3, gpus=True, extra=["train.threads=2"])
+    lines = (tmp_path / "jobs" / "stage-1-ranks-1.txt").read_text().splitlines()
+    lines += (tmp_path / "jobs" / "stage-2-ranks-1.txt").read_text().splitlines()
+    configs = [load_config(tmp_path / "jobs" / CONFIG, line.split(" ")) for line in lines]
+    assert [config.name for config in configs] == ["trunk", "short", "long"]
+    assert configs[0].train.save_at == (6, 9)
+    assert configs[1].branch_from == plan.output / "trunk" / "checkpoints" / "step-00000006"
+    assert all(config.train.threads == 2 for config in configs)
+    # What the script hands to sbatch.
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$@" >>calls.txt\necho 41\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROJECT": str(tmp_path)}
+    subprocess.run(["bash", str(script), "--partition=x"], check=True, env=environment, capture_output=True)
+    first, second = (tmp_path / "calls.txt").read_text().splitlines()
+    assert (
+        "--array=1-1%3 --ntasks-per-node=1 --gpus-per-node=1 --partition=x launch/slurm/sweep.sbatch" in first
+    )
+    assert "--array=1-2%3" in second
+    assert "--dependency=afterany:41" in second
+    assert script.name == SUBMIT
+
+
+def test_status_of_a_plan_that_was_never_started(plan, tmp_path):
+    state = State.read(tmp_path / "none.json")
+    assert set(status_of(plan, state, 1).values()) == {"open"}
