@@ -260,7 +260,7 @@ def ray_running(cpus: int, address: str | None = None, otherwise: str = "") -> I
         import ray
     except ImportError as error:
         raise UserError(
-            f"Ray is not installed ({error}): install it{otherwise and f', or {otherwise}'}"
+            f"Ray is not installed ({error}): install it{otherwise and f'; {otherwise}'}"
         ) from None
     started = not ray.is_initialized()
     if started:
