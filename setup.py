@@ -35,6 +35,7 @@ S3 = ["s3fs>=2026.9,<2027"]
 TRANSFORMERS = ["transformers>=5.23,<5.24", "accelerate>=1.15,<2"]
 NIR = ["nir>=1.0.8,<1.1"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]  # `spikescale evaluate --tasks` (docs/evaluation.md)
+INT8 = ["torchao>=0.18,<0.19"]
 
 setup(
     name="spikescale",
@@ -88,6 +89,7 @@ setup(
         "hf": TRANSFORMERS,
         "nir": NIR,
         "eval": EVAL,
+        "int8": INT8,
         "gcs": ["gcsfs>=2026.9,<2027"],  # the same version as fsspec; not run against a server
         # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
         "bench": [
@@ -108,6 +110,7 @@ setup(
             "loguru>=0.7,<1",
             "SciencePlots>=2.2,<3",
             *EVAL,
+            *INT8,
             "moto[server]>=5.2,<6",  # the S3 server of tests
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",

@@ -32,6 +32,7 @@ COMMANDS = {
         "spikescale.cli.checkpoint",
         "list, verify and consolidate the checkpoints of a run",
     ),
+    "quantize": ("spikescale.cli.quantize", "a trained model with 8-bit weights, and what that costs"),
     "analyze": ("spikescale.cli.analyze", "what a model's neurons do while it reads a text"),
     "energy": ("spikescale.cli.energy", "operations and energy a token, beside the paper's claim"),
     "plan": ("spikescale.cli.plan", "memory, speed, days and cost of a run before it is started"),

@@ -119,6 +119,8 @@ def obstacle_to_decoding(model: nn.Module) -> str:
         return f"its weights are {str(weight.dtype).removeprefix('torch.')}, not float32"
     if not config.neuron.plain:
         return "its neurons are learned, graded, signed or read normalised currents"
+    if hasattr(weight, "qdata"):
+        return "its weights are 8-bit integers, which torch multiplies"
     if type(model.head) is not nn.Linear or weight.shape != (config.vocab_size, config.width):
         return "its weights are spread over processes"
     return ""

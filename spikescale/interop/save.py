@@ -49,6 +49,8 @@ def export_model(
     folder = find_model_folder(source)
     refuse_occupied(destination)
     loaded = load_model_folder(folder)
+    if any(hasattr(parameter, "qdata") for parameter in loaded.model.parameters()):
+        raise UserError(f"{folder}: has 8-bit weights; export the model that it was made from")
     _refuse_unsupported(loaded.config, kind, dtype, max_shard_bytes)
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if kind == "spikescale":

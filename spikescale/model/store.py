@@ -1,6 +1,7 @@
 """A trained model as a folder that stands on its own.
 
     model.safetensors   float32 weights by parameter name; or several files and an index (`tensor_shards`)
+                        or 8-bit integers with scales (`spikescale.quantization`)
     model.json          format version, the model's settings, checksum of the weights (of several files: by
                         name), and what is known of the training that made them (step, tokens seen, metrics)
     tokenizer/          the tokenizer, as it saves itself
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHARDED_FORMAT = 2  # the same with weights in several files
+QUANTIZED_FORMAT = 3  # one file, its matrices in 8-bit integers
 WEIGHTS = "model.safetensors"
 SETTINGS = "model.json"
 TOKENIZER = "tokenizer"
@@ -106,7 +108,13 @@ def load_model_folder(
     with torch.device("meta"):
         model = SpikeGPT(config)
     assert not list(model.buffers()), "to_empty would leave buffers without values"
-    load_weights(model.to_empty(device="cpu"), weights_file)
+    model.to_empty(device="cpu")
+    if settings["format"] == QUANTIZED_FORMAT:
+        from spikescale.quantization.folder import load_int8
+
+        load_int8(model, weights_file, settings["quantization"])
+    else:
+        load_weights(model, weights_file)
     return LoadedModel(model.eval(), config, tokenizer, settings["info"], folder)
 
 
@@ -169,19 +177,22 @@ def _weights_file(folder: Path, settings: dict[str, Any], verify: bool) -> Path:
             raise UserError(f"{file}: no such file")
         if verify and (actual := files.sha256_file(file)) != expected:
             raise UserError(f"{file}: damaged, its SHA-256 is {actual} and should be {expected}")
-    return folder / (WEIGHTS if settings["format"] == FORMAT else index_name(WEIGHTS))
+    return folder / (index_name(WEIGHTS) if settings["format"] == SHARDED_FORMAT else WEIGHTS)
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     file = folder / SETTINGS
     settings = files.read_json(file)
     found = settings.get("format") if isinstance(settings, dict) else None
-    if found not in (FORMAT, SHARDED_FORMAT):
+    if found not in (FORMAT, SHARDED_FORMAT, QUANTIZED_FORMAT):
         raise UserError(
-            f"{file}: format {found!r}, and this version reads format {FORMAT} and {SHARDED_FORMAT}"
+            f"{file}: format {found!r}, and this version reads format {FORMAT}, {SHARDED_FORMAT} and"
+            f" {QUANTIZED_FORMAT}"
         )
-    digests = str if found == FORMAT else dict
-    for key, kind in (("config", dict), ("weights_sha256", digests), ("info", dict)):
+    wanted = {"config": dict, "weights_sha256": dict if found == SHARDED_FORMAT else str, "info": dict}
+    if found == QUANTIZED_FORMAT:
+        wanted["quantization"] = dict
+    for key, kind in wanted.items():
         if not isinstance(settings.get(key), kind):
             raise UserError(f"{file}: {key} is missing or not a {kind.__name__}")
     try:
