@@ -36,6 +36,7 @@ TRANSFORMERS = ["transformers>=5.23,<5.24", "accelerate>=1.15,<2"]
 NIR = ["nir>=1.0.8,<1.1"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]  # `spikescale evaluate --tasks` (docs/evaluation.md)
 INT8 = ["torchao>=0.18,<0.19"]
+LORA = ["peft>=0.21,<0.22"]  # `spikescale finetune --method lora` (docs/finetuning.md)
 
 setup(
     name="spikescale",
@@ -90,6 +91,7 @@ setup(
         "nir": NIR,
         "eval": EVAL,
         "int8": INT8,
+        "lora": LORA,
         "gcs": ["gcsfs>=2026.9,<2027"],  # the same version as fsspec; not run against a server
         # Peers of benchmarks/train_step.py and streaming.py; a missing one is reported and skipped.
         "bench": [
@@ -111,6 +113,7 @@ setup(
             "SciencePlots>=2.2,<3",
             *EVAL,
             *INT8,
+            *LORA,
             "moto[server]>=5.2,<6",  # the S3 server of tests
             "pytest>=9.2,<10",
             "pytest-timeout>=2.4,<3",

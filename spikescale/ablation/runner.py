@@ -1,4 +1,4 @@
-"""Runs an ablation's pretrainings one after another, each in a process of its own."""
+"""Runs an ablation's pretrainings, each in a process of its own."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from types import FrameType
 
 from spikescale.ablation.study import AblationRun
 from spikescale.errors import UserError
-from spikescale.faults.exits import DONE, REQUEUE
+from spikescale.faults.exits import DONE
 from spikescale.tracking.metrics_file import read_metrics
 
 POLL_SECONDS = 0.5
@@ -23,58 +23,69 @@ Watch = Callable[[AblationRun, int], None]  # told of a run and of the steps tha
 
 
 def run_all(
-    runs: Sequence[AblationRun], config: Path, seconds: float | None = None, watch: Watch | None = None
+    runs: Sequence[AblationRun],
+    config: Path,
+    seconds: float | None = None,
+    watch: Watch | None = None,
+    workers: int = 1,
 ) -> bool:
-    """Run those that are not finished; whether all are finished now.
+    """Run those that are not finished, `workers` at a time; whether all are finished now.
 
-    After `seconds` (None: never), and at SIGTERM or Ctrl-C, the run that is on saves a checkpoint, from which
-    the same call goes on. Raises UserError with the run's last words when one fails.
+    After `seconds` (None: never), and at SIGTERM or Ctrl-C, the runs that are on save checkpoints, from which
+    the same call goes on. Raises UserError with a run's last words when it fails.
     """
     end = None if seconds is None else time.monotonic() + seconds
+    waiting = []
+    for run in runs:
+        if run.result() is None:
+            waiting.append(run)
+        elif watch is not None:
+            watch(run, run.config.train.steps)
+    active: list[tuple[AblationRun, subprocess.Popen[bytes]]] = []
+    told = cut = False
     with _stop_asked() as stopped:
-        for run in runs:
-            if run.result() is not None:
-                if watch is not None:
-                    watch(run, run.config.train.steps)
-                continue
-            if stopped() or (end is not None and time.monotonic() >= end):
-                return False
-            code = _run_one(run, config, end, stopped, watch)
-            if code == REQUEUE:
-                return False
-            if code != DONE or run.result() is None:
-                raise UserError(f"{run.folder}: the run ended with code {code}: {_last_words(run)}")
-    return True
+        try:
+            while waiting or active:
+                if stopped() or (end is not None and time.monotonic() >= end):
+                    waiting.clear()
+                    cut = True
+                    if not told:
+                        told = True  # once: a second SIGTERM would keep a run from saving
+                        for _, process in active:
+                            process.send_signal(signal.SIGTERM)
+                while waiting and len(active) < workers:
+                    run = waiting.pop(0)
+                    active.append((run, _start(run, config)))
+                for run, process in list(active):
+                    if watch is not None:
+                        watch(run, steps_made(run.folder))
+                    if process.poll() is not None:
+                        active.remove((run, process))
+                        # Asked before it could listen, it ends by the signal itself.
+                        if not _is_finished(run, process.returncode) and not told:
+                            reason = f"the run ended with code {process.returncode}: {_last_words(run)}"
+                            raise UserError(f"{run.folder}: {reason}")
+                if active:
+                    time.sleep(POLL_SECONDS)
+        except BaseException:
+            for _, process in active:
+                process.kill()
+            raise
+    return not cut or all(run.result() is not None for run in runs)
 
 
-def _run_one(
-    run: AblationRun,
-    config: Path,
-    end: float | None,
-    stopped: Callable[[], bool],
-    watch: Watch | None,
-) -> int:
+def _is_finished(run: AblationRun, code: int) -> bool:
+    return code == DONE and run.result() is not None
+
+
+def _start(run: AblationRun, config: Path) -> "subprocess.Popen[bytes]":
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "spikescale.training", "--config", str(config), *run.words]
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     with (run.folder / OUTPUT).open("ab") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
-        try:
-            told = False
-            while process.poll() is None:
-                if not told and (stopped() or (end is not None and time.monotonic() >= end)):
-                    told = True  # once: a second SIGTERM would keep it from saving
-                    process.send_signal(signal.SIGTERM)
-                if watch is not None:
-                    watch(run, steps_made(run.folder))
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            process.kill()
-            raise
-    # Asked before it could listen, it ends by the signal itself.
-    return REQUEUE if told and process.returncode != DONE else process.returncode
 
 
 def steps_made(folder: Path) -> int:

@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="stop after so long, exit code 75; the run that is on is saved (default: when all is done)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time; set train.threads so that they do not fight for cores",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
     parser.add_argument(
         "settings", nargs="*", metavar="key.sub=value", help="settings over those of the file, for all runs"
@@ -64,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds}: must be at least 1")
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: must be at least 1")
     if arguments.minutes is not None and arguments.minutes <= 0:
         raise UserError(f"--minutes {arguments.minutes}: must be above 0")
     variants = [name.strip() for name in arguments.variants.split(",") if name.strip()]
@@ -71,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = runs[0].folder.parent
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     with _progress(runs) as watch:
-        complete = run_all(runs, arguments.config, seconds, watch)
+        complete = run_all(runs, arguments.config, seconds, watch, arguments.workers)
     if not complete and all(run.result() is None for run in runs):
         print(f"stopped before the first run was finished; the same command goes on: {folder}")
         return REQUEUE

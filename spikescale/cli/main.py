@@ -19,6 +19,7 @@ COMMANDS = {
         "spikescale.cli.evaluate",
         "loss, perplexity, bits per byte and character over a whole split",
     ),
+    "finetune": ("spikescale.cli.finetune", "train a pretrained model on new text: full, frozen, lora"),
     "ablate": ("spikescale.cli.ablate", "train the variants at equal budget over seeds, and compare them"),
     "export": (
         "spikescale.cli.export",

@@ -80,22 +80,42 @@ def test_a_run_is_finished_only_with_these_very_settings(run_file):
 def test_finished_runs_are_not_repeated_and_a_failure_says_why(run_file, monkeypatch):
     runs = plan_runs(run_file, ["rwkv", "spikegpt"], [0])
     started: list[str] = []
+    most = 0
 
-    def pretend(run: AblationRun, *_: object) -> int:
-        started.append(run.variant)
-        finish(run, 2.0)
-        return 0
+    class Pretended:
+        """A run that is finished at the second look."""
 
-    monkeypatch.setattr(runner, "_run_one", pretend)
+        active = 0
+
+        def __init__(self, run: AblationRun) -> None:
+            nonlocal most
+            started.append(run.variant)
+            Pretended.active += 1
+            most = max(most, Pretended.active)
+            self.run, self.looks, self.returncode = run, 0, 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            if self.looks < 2:
+                return None
+            finish(self.run, 2.0)
+            Pretended.active -= 1
+            return 0
+
+    monkeypatch.setattr(runner, "_start", lambda run, config: Pretended(run))
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
     finish(runs[0], 2.0)
     seen: list[tuple[str, int]] = []
     assert runner.run_all(runs, run_file, None, lambda run, steps: seen.append((run.variant, steps)))
-    assert (started, seen) == (["spikegpt"], [("rwkv", 4)])
+    assert (started, seen[0], most) == (["spikegpt"], ("rwkv", 4), 1)
     assert runner.run_all(runs, run_file)
     assert started == ["spikegpt"]
+    several = plan_runs(run_file, list(VARIANTS), [2])
+    assert runner.run_all(several, run_file, workers=3)
+    assert (started[1:], most) == (list(VARIANTS), 3)
     late = plan_runs(run_file, ["rwkv", "spikegpt"], [1])
     assert not runner.run_all(late, run_file, seconds=0)
-    assert started == ["spikegpt"]
+    assert len(started) == 6
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"rwkv-seed1: the run ended with code 2: .*data.*no such"):
         runner.run_all(late[:1], run_file)

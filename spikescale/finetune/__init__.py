@@ -1,0 +1,1 @@
+"""Training a pretrained model further on new text: all of it, its upper layers, or LoRA adapters."""
