@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,13 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune, save the model and the figures, and print them."""
+    from dataclasses import asdict
+
     import torch
 
+    from spikescale.files import sha256_file
     from spikescale.finetune.methods import MethodSettings, Tuning
     from spikescale.finetune.texts import prepared_text, raw_text
-    from spikescale.finetune.tune import TuneSettings, tune
+    from spikescale.finetune.tune import Tuner, TuneSettings
     from spikescale.inference.device import choose_device
-    from spikescale.model.store import find_model_folder, load_model_folder
+    from spikescale.model.store import SETTINGS, find_model_folder, load_model_folder
 
     method = MethodSettings(
         method=arguments.method,
@@ -107,8 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     train = _train_settings(arguments)
     output = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: already exists and is not empty")
+    _require_room(output)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     device = choose_device(arguments.device)
     loaded = load_model_folder(find_model_folder(arguments.model))
@@ -118,23 +121,46 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         text = raw_text(arguments.text, loaded.tokenizer, length, arguments.seed)
     kept = None if arguments.kept is None else prepared_text(arguments.kept, loaded.tokenizer, length, 0).test
-    tuning = Tuning(loaded.model.to(device), method, str(arguments.model))
+    tuning = Tuning(loaded.model.to(device), method, str(arguments.model), arguments.seed)
     settings = TuneSettings(train, length, arguments.test_tokens)
+    identity = {
+        "base": sha256_file(loaded.folder / SETTINGS),
+        "data": text.identity,
+        "context_length": length,
+        "test_tokens": arguments.test_tokens,
+        **asdict(method),
+        **train.model_dump(mode="json"),
+    }
     with _Records(arguments, output, text) as records:
-        result = tune(
+        tuner = Tuner(
             tuning,
             loaded.tokenizer,
             text,
             settings,
             kept=kept,
             record=records.write,
+            folder=output,
+            identity=identity,
             adapter=output / "adapter",
         )
+        records.begin(tuner.figures.step)
+        result = tuner.run()
         figures = _figures(arguments, loaded, method, text, result)
         _save(output, loaded, tuning, figures)
         records.finish(figures)
     _print(figures, output, arguments.json)
     return 0
+
+
+def _require_room(output: Path) -> None:
+    from spikescale.finetune.progress import FILE
+
+    if not output.exists():
+        return
+    if (output / "finetune.json").exists():
+        raise UserError(f"--output {output}: holds a finished tuning; choose another")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / FILE).exists()):
+        raise UserError(f"--output {output}: already exists and is not empty")
 
 
 def _train_settings(arguments: argparse.Namespace) -> Any:
@@ -189,8 +215,11 @@ def _figures(
 
 def _save(output: Path, loaded: "LoadedModel", tuning: Any, figures: dict[str, Any]) -> None:
     from spikescale.files import write_json
+    from spikescale.finetune.progress import FILE as PROGRESS
     from spikescale.model.store import save_model_folder
 
+    # Written before and not finished: everything that follows is as it was then.
+    shutil.rmtree(output / "model", ignore_errors=True)
     info = {
         **{name: figures[name] for name in ("base", "data", "data_sha256", "method", "steps", "best_step")},
         "test_bits_per_byte": figures["after"]["bits_per_byte"],
@@ -199,6 +228,7 @@ def _save(output: Path, loaded: "LoadedModel", tuning: Any, figures: dict[str, A
     weights = tuning.merged_weights()
     save_model_folder(output / "model", weights, loaded.config, loaded.tokenizer, info)
     write_json(output / "finetune.json", figures)
+    (output / PROGRESS).unlink(missing_ok=True)
 
 
 class _Records:
@@ -211,13 +241,12 @@ class _Records:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from spikescale.tracking.metrics_file import MetricsFile
         from spikescale.tracking.mlflow_run import MlflowRun
         from spikescale.tracking.mlflow_store import default_store
 
         arguments, output = self._arguments, self._output
         output.mkdir(parents=True, exist_ok=True)
-        self._metrics = MetricsFile(output / "metrics.jsonl")
+        self._metrics: Any = None
         self._mlflow = None
         if not arguments.no_mlflow:
             self._mlflow = MlflowRun(
@@ -237,6 +266,14 @@ class _Records:
         self._bar.start()
         self._task = self._bar.add_task(f"tuning ({arguments.method})", total=arguments.steps)
         return self
+
+    def begin(self, step: int) -> None:
+        """Go on from this step: what was recorded after it is dropped."""
+        from spikescale.tracking.metrics_file import MetricsFile
+
+        self._metrics = MetricsFile(self._output / "metrics.jsonl", step)
+        if step and not self._arguments.json:
+            print(f"resumed at step {step}", file=sys.stderr, flush=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Take the figures of a step."""
@@ -272,7 +309,8 @@ class _Records:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self._bar.stop()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._mlflow is not None:
             self._mlflow.finish("FINISHED" if kind is None else "FAILED")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from spikescale.errors import UserError
@@ -64,11 +65,12 @@ class Tuning:
     Args:
         model: is changed: lora puts adapters into it.
         base: where it was loaded from, noted in the adapter's settings.
+        seed: of the adapters' first values, A at random and B zero.
 
     Raises UserError for a model that cannot be trained, and for more frozen layers than it has.
     """
 
-    def __init__(self, model: "SpikeGPT", settings: MethodSettings, base: str = "") -> None:
+    def __init__(self, model: "SpikeGPT", settings: MethodSettings, base: str = "", seed: int = 0) -> None:
         if is_quantized(model):
             raise UserError(
                 f"{base}: has 8-bit weights, which cannot be trained; tune the model it was made of"
@@ -78,7 +80,7 @@ class Tuning:
         self._names = set(dict(model.named_parameters()))
         self._peft: Any = None
         if settings.method == "lora":
-            self._add_adapters(base)
+            self._add_adapters(base, seed)
         else:
             frozen = _frozen_names(model, settings) if settings.method == "frozen" else set()
             for name, parameter in model.named_parameters():
@@ -102,7 +104,7 @@ class Tuning:
             # Not asked for embeddings, which are not trained, peft does not look for the base model.
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
 
-    def _add_adapters(self, base: str) -> None:
+    def _add_adapters(self, base: str, seed: int) -> None:
         try:
             from peft import LoraConfig, get_peft_model
         except ModuleNotFoundError as error:
@@ -114,7 +116,9 @@ class Tuning:
             lora_dropout=settings.dropout,
             target_modules=rf".*\.time_mix\.({'|'.join(settings.targets)})",
         )
-        self._peft = get_peft_model(self.model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._peft = get_peft_model(self.model, config)
         config.base_model_name_or_path = base or None  # only now: it would ask the model for its name
 
     def _merge(self) -> None:

@@ -21,6 +21,7 @@ from spikescale.evaluation.language_model import (
 )
 from spikescale.evaluation.texts import EvaluatedText
 from spikescale.finetune.methods import Tuning
+from spikescale.finetune.progress import Figures, load_progress, save_progress
 from spikescale.finetune.texts import TuningText
 from spikescale.model import language_model_loss
 from spikescale.training.schedule import learning_rate
@@ -71,105 +72,145 @@ class TuneResult:
         return asdict(self)
 
 
-def tune(
-    tuning: Tuning,
-    tokenizer: "Tokenizer",
-    text: TuningText,
-    settings: TuneSettings,
-    *,
-    kept: EvaluatedText | None = None,
-    record: Callable[[dict[str, Any]], None] | None = None,
-    adapter: Path | None = None,
-) -> TuneResult:
-    """Train what `tuning` says, keep the weights of the best validation loss, and judge them.
+class Tuner:
+    """One tuning: trains what `tuning` says, keeps the weights of the best validation loss, judges them.
 
-    `record` is given the figures of logged steps and evaluations; `adapter`: a folder for adapters alone.
-    Raises UserError when the loss is not finite.
+    Args:
+        tuning: the model and what is trained of it.
+        text: what it is tuned and judged on; kept: text that it knew.
+        record: is given the figures of logged steps and evaluations.
+        folder: where progress is saved after each evaluation, and found by a tuning of the same `identity`
+            (settings, data, base); None: nowhere.
+        adapter: a folder for adapters alone.
+
+    Raises UserError when nothing is left to train, and for progress of other settings.
     """
-    train, model = settings.train, tuning.model
-    device = next(model.parameters()).device
-    autocast = torch.bfloat16 if train.precision == "bfloat16" else None
-    torch.manual_seed(train.seed)
-    parameters = tuning.trainable()
-    if not parameters:
-        raise UserError("nothing is left to train: freeze fewer layers")
 
-    def judge(wanted: EvaluatedText, limit: int | None) -> LanguageModelResult:
-        return evaluated(model, wanted, tokenizer, settings.context_length, train.batch_size, limit, autocast)
+    def __init__(
+        self,
+        tuning: Tuning,
+        tokenizer: "Tokenizer",
+        text: TuningText,
+        settings: TuneSettings,
+        *,
+        kept: EvaluatedText | None = None,
+        record: Callable[[dict[str, Any]], None] | None = None,
+        folder: Path | None = None,
+        identity: dict[str, Any] | None = None,
+        adapter: Path | None = None,
+    ) -> None:
+        self.tuning, self.model, self.tokenizer = tuning, tuning.model, tokenizer
+        self.text, self.kept, self.settings, self.train = text, kept, settings, settings.train
+        self._record, self._folder, self._identity, self._adapter = record, folder, identity or {}, adapter
+        self.device = next(self.model.parameters()).device
+        self.autocast = torch.bfloat16 if self.train.precision == "bfloat16" else None
+        torch.manual_seed(self.train.seed)
+        self.parameters = tuning.trainable()
+        if not self.parameters:
+            raise UserError("nothing is left to train: freeze fewer layers")
+        train = self.train
+        self.optimizer = torch.optim.AdamW(
+            groups(self.parameters, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+        )
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        found = None
+        if folder is not None:
+            found = load_progress(folder, self._identity, self.parameters, self.best, self.optimizer)
+        self.resumed, self.figures = found is not None, found or Figures()
 
-    def note(**figures: Any) -> None:
-        if record is not None:
-            record(figures)
+    def run(self) -> TuneResult:
+        """To the last step and the final figures. Raises UserError when the loss is not finite."""
+        figures, limit = self.figures, self.settings.test_tokens
+        if not self.resumed:
+            figures.before = self._judge(self.text.test, limit).as_dict()
+            if self.kept is not None:
+                figures.kept_before = self._judge(self.kept, limit).as_dict()
+            self._evaluate()
+        while figures.step < self.train.steps:
+            self._step()
+            every = self.train.evaluate_every
+            if figures.step == self.train.steps or (every and figures.step % every == 0):
+                self._evaluate()
+                if self._folder is not None:
+                    save_progress(
+                        self._folder, self._identity, figures, self.parameters, self.best, self.optimizer
+                    )
+        return self._finish()
 
-    before = judge(text.test, settings.test_tokens)
-    kept_before = None if kept is None else judge(kept, settings.test_tokens)
-    optimizer = torch.optim.AdamW(
-        groups(parameters, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
-    )
-    valid = judge(text.valid, train.evaluate_tokens)
-    note(step=0, **{f"valid_{name}": value for name, value in valid.as_dict().items()})
-    best, best_step = valid.loss, 0
-    best_weights = {name: p.detach().clone() for name, p in parameters.items()}
-    seconds = cpu_seconds = 0.0
-    micro = train.micro_batch_size or train.batch_size
-    for step in range(train.steps):
+    def _step(self) -> None:
+        """One optimizer step."""
+        train, figures = self.train, self.figures
         began, cpu_began = time.perf_counter(), time.process_time()
-        rate = learning_rate(step, train)
-        for group in optimizer.param_groups:
+        rate = learning_rate(figures.step, train)
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        model.train()
-        rows = text.samples.rows(step * train.batch_size, train.batch_size).to(device)
-        loss_sum = 0.0
-        for part in rows.split(micro):
+        self.model.train()
+        rows = self.text.samples.rows(figures.step * train.batch_size, train.batch_size).to(self.device)
+        loss = 0.0
+        self.optimizer.zero_grad(set_to_none=False)
+        for part in rows.split(train.micro_batch_size or train.batch_size):
             inputs, targets = part[:, :-1], part[:, 1:]
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits, _ = model(inputs, **document_resets(model, inputs, tokenizer.eos_id))
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                logits, _ = self.model(inputs, **document_resets(self.model, inputs, self.tokenizer.eos_id))
             total, reported = language_model_loss(logits, targets, train.logit_regulariser)
             share = len(part) / len(rows)
             (total * share).backward()
-            loss_sum += float(reported) * share
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), train.clip or math.inf)
-        if not math.isfinite(loss_sum) or not torch.isfinite(norm):
-            raise UserError(f"step {step + 1}: the loss or its gradient is not finite; lower --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        seconds += time.perf_counter() - began
-        cpu_seconds += time.process_time() - cpu_began
-        done = step + 1
-        if done % train.log_every == 0 or done == train.steps:
-            tokens = done * train.batch_size * settings.context_length
-            note(step=done, loss=loss_sum, lr=rate, gradient_norm=float(norm), tokens=tokens,
-                 tokens_per_second=tokens / seconds)  # fmt: skip
-        if done == train.steps or (train.evaluate_every and done % train.evaluate_every == 0):
-            valid = judge(text.valid, train.evaluate_tokens)
-            note(step=done, **{f"valid_{name}": value for name, value in valid.as_dict().items()})
-            if valid.loss < best:
-                best, best_step = valid.loss, done
-                for name, p in parameters.items():
-                    best_weights[name].copy_(p.detach())
-    held = state_bytes(model, optimizer)
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(best_weights[name])
-    trainable = sum(p.numel() for p in parameters.values())
-    if adapter is not None:
-        tuning.save_adapter(adapter)
-    # Only now: the figures are those of the model that is saved.
-    tuning.merged_weights()
-    return TuneResult(
-        before=before,
-        after=judge(text.test, settings.test_tokens),
-        kept_before=kept_before,
-        kept_after=None if kept is None else judge(kept, settings.test_tokens),
-        best_step=best_step,
-        best_valid_loss=best,
-        trainable=trainable,
-        total=tuning.total,
-        state_bytes=held,
-        peak_bytes=peak_bytes(device),
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-    )
+            loss += float(reported) * share
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or math.inf))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(f"step {figures.step + 1}: the loss or its gradient is not finite; lower --lr")
+        self.optimizer.step()
+        figures.step += 1
+        figures.seconds += time.perf_counter() - began
+        figures.cpu_seconds += time.process_time() - cpu_began
+        if figures.step % train.log_every == 0 or figures.step == train.steps:
+            tokens = figures.step * train.batch_size * self.settings.context_length
+            per_second = tokens / figures.seconds
+            self._note(loss=loss, lr=rate, gradient_norm=norm, tokens=tokens, tokens_per_second=per_second)
+
+    def _evaluate(self) -> None:
+        """The validation loss; the weights are kept when it is the lowest so far."""
+        result = self._judge(self.text.valid, self.train.evaluate_tokens)
+        self._note(**{f"valid_{name}": value for name, value in result.as_dict().items()})
+        if result.loss < self.figures.best_loss:
+            self.figures.best_loss, self.figures.best_step = result.loss, self.figures.step
+            for name, p in self.parameters.items():
+                self.best[name].copy_(p.detach())
+
+    def _finish(self) -> TuneResult:
+        figures, limit = self.figures, self.settings.test_tokens
+        held = state_bytes(self.model, self.optimizer)
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.best[name])
+        if self._adapter is not None:
+            self.tuning.save_adapter(self._adapter)
+        # Only now: the figures are those of the model that is saved.
+        self.tuning.merged_weights()
+        assert figures.before is not None
+        kept_before = figures.kept_before
+        return TuneResult(
+            before=LanguageModelResult(**figures.before),
+            after=self._judge(self.text.test, limit),
+            kept_before=None if kept_before is None else LanguageModelResult(**kept_before),
+            kept_after=None if self.kept is None else self._judge(self.kept, limit),
+            best_step=figures.best_step,
+            best_valid_loss=figures.best_loss,
+            trainable=sum(p.numel() for p in self.parameters.values()),
+            total=self.tuning.total,
+            state_bytes=held,
+            peak_bytes=peak_bytes(self.device),
+            seconds=figures.seconds,
+            cpu_seconds=figures.cpu_seconds,
+        )
+
+    def _judge(self, text: EvaluatedText, limit: int | None) -> LanguageModelResult:
+        length, batch = self.settings.context_length, self.train.batch_size
+        return evaluated(self.model, text, self.tokenizer, length, batch, limit, self.autocast)
+
+    def _note(self, **figures: Any) -> None:
+        if self._record is not None:
+            self._record({"step": self.figures.step, **figures})
 
 
 def evaluated(

@@ -216,13 +216,23 @@ def test_what_the_model_knew_is_judged_too(base, text, tmp_path, capsys):
     prepare = ["data", "prepare", "--source", str(text), "--split-by", "position", "--no-ray", "--quiet"]
     assert main([*prepare, "--output", str(tmp_path / "data")]) == 0
     words = ["finetune", str(base), "--data", str(tmp_path / "data"), "--kept", str(tmp_path / "data")]
-    words += ["--output", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2", "--no-mlflow"]
+    words += [
+        "--output",
+        str(tmp_path / "out"),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--no-mlflow",
+        "--threads",
+        "1",
+    ]
     assert main(words) == 0
     out = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
     assert lines["test bits/byte"].split("  ")[-1] == lines["kept text, bits/byte"].split("  ")[-1]
     assert main(words) == 2
-    assert "already exists and is not empty" in capsys.readouterr().err
+    assert "holds a finished tuning; choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -276,3 +286,57 @@ def test_eight_bit_weights_are_not_trained(base, text, tmp_path, capsys):
     command = ["finetune", str(tmp_path / "int8"), "--text", str(text), "--output", str(tmp_path / "out")]
     assert main([*command, "--no-mlflow"]) == 2
     assert "has 8-bit weights, which cannot be trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_tuning_that_was_stopped_goes_on_to_the_same_weights(
+    base, text, tmp_path, capsys, monkeypatch, method
+):
+    from spikescale.finetune.tune import Tuner
+
+    words = ["--method", method, *(["--lora-dropout", "0.2"] if method == "lora" else [])]
+    whole = tuned(capsys, base, text, tmp_path / "whole", *words)
+    step = Tuner._step
+
+    def stop_at_eight(self: Tuner) -> None:
+        if self.figures.step == 8:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Tuner, "_step", stop_at_eight)
+    command = [
+        "finetune",
+        str(base),
+        "--text",
+        str(text),
+        "--output",
+        str(tmp_path / "part"),
+        "--steps",
+        "12",
+    ]
+    command += [
+        "--batch-size",
+        "4",
+        "--evaluate-every",
+        "6",
+        "--warmup-steps",
+        "2",
+        "--threads",
+        "1",
+        "--no-mlflow",
+    ]
+    assert main([*command, *words]) == 130
+    monkeypatch.undo()
+    assert main([*command, *words, "--lr", "0.01"]) == 2
+    assert "a tuning with lr = 0.00" in capsys.readouterr().err
+    part = tuned(capsys, base, text, tmp_path / "part", *words)
+    for key in ("before", "after", "best_step", "best_valid_loss", "trainable"):
+        assert part[key] == whole[key], key
+    weights = [load_model_folder(tmp_path / name / "model").model.parameters() for name in ("whole", "part")]
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+    records = [
+        [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "part")
+    ]
+    assert records[0] == records[1]
+    assert not (tmp_path / "part" / "progress.safetensors").exists()
