@@ -17,7 +17,7 @@ COMMANDS = {
     "generate": ("spikescale.cli.generate", "stream text from a trained model, token by token"),
     "evaluate": (
         "spikescale.cli.evaluate",
-        "loss, perplexity, bits per byte and character over a whole split",
+        "perplexity and bits of a text, last words, tasks of lm-evaluation-harness",
     ),
     "finetune": ("spikescale.cli.finetune", "train a pretrained model on new text: full, frozen, lora"),
     "ablate": ("spikescale.cli.ablate", "train the variants at equal budget over seeds, and compare them"),

@@ -39,7 +39,8 @@ class HarnessModel(LM):
         loaded: model and tokenizer.
         batch_size: contexts, continuations and windows computed together.
         window: tokens that are read at most, as by a model with a limited context (longer contexts lose their
-            beginning, rolling texts are cut into disjoint windows); None: everything, the state carried.
+            beginning, rolling texts are cut into windows, the last one as long as the others); None:
+            everything, the state carried.
         progress: show bars.
     """
 
@@ -82,6 +83,7 @@ class HarnessModel(LM):
                     batch_size=self.batch_size,
                     eos_id=self.tokenizer.eos_id,
                     carry_state=self.window is None,
+                    full_last=True,
                 )
             answers.append(-nats)
         self._remember("loglikelihood_rolling", requests, answers)

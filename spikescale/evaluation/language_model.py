@@ -116,11 +116,16 @@ class LanguageModelResult:
         return asdict(self)
 
 
-def windows(count: int, context_length: int, stride: int) -> Iterator[Window]:
-    """Windows that score each of `count` tokens once; all but the last have `context_length` inputs."""
+def windows(count: int, context_length: int, stride: int, full_last: bool = False) -> Iterator[Window]:
+    """Windows that score each of `count` tokens once; all but the last have `context_length` inputs.
+
+    `full_last`: the last one begins earlier, so that it has as many, where there are.
+    """
     done = 0
     for start in range(0, count, stride):
         end = min(start + context_length, count)
+        if full_last:
+            start = max(0, end - context_length)
         yield Window(start, end - start, end - done)
         done = end
         if done == count:
@@ -141,12 +146,13 @@ def evaluate_tokens(
     carry_state: bool = False,
     progress: Callable[[int], None] | None = None,
     text_ids: int | None = None,
+    full_last: bool = False,
 ) -> tuple[float, int]:
     """The loss summed over `tokens`, in nats, and the number of tokens that it covers.
 
     Tokens from `text_ids` on (conditions in front of a document) are read and cost nothing; they count as
     covered. `stride` (default: `context_length`) is at most `context_length`. `limit` keeps to the first
-    tokens.
+    tokens. `full_last`: the last window has as many inputs as the others, where there are as many.
     `autocast`: the dtype of torch.autocast, for example bfloat16; the loss itself is computed in float32
     and summed in float64. `carry_state` reads everything in one pass, `context_length` tokens at a
     time, handing the recurrent state on: each token has all those before it as context, and neither
@@ -169,7 +175,7 @@ def evaluate_tokens(
     try:
         if carry_state:
             stride, batch_size = context_length, 1
-        for batch in batches_of_windows(windows(count, context_length, stride), batch_size):
+        for batch in batches_of_windows(windows(count, context_length, stride, full_last), batch_size):
             inputs, targets = inputs_and_targets(tokens, batch, eos_id)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 inputs = inputs.to(device)

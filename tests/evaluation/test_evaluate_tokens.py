@@ -75,6 +75,15 @@ def test_windows_score_every_position_once_and_in_order(count, context, data):
     assert all(later.start - earlier.start == stride for earlier, later in pairwise(found))
 
 
+@given(count=st.integers(1, 300), context=st.integers(1, 40), data=st.data())
+def test_a_full_last_window_scores_the_same_positions_from_more_context(count, context, data):
+    stride = data.draw(st.integers(1, context))
+    plain, full = (list(windows(count, context, stride, full_last)) for full_last in (False, True))
+    assert full[:-1] == plain[:-1]
+    assert full[-1].scored == plain[-1].scored
+    assert (full[-1].start + full[-1].length, full[-1].length) == (count, min(context, count))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     count=st.integers(1, 120),

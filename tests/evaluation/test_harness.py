@@ -154,6 +154,7 @@ def test_an_unknown_task_is_refused_with_what_is_near(loaded, tasks):
 
 def test_requests_by_hand(loaded):
     from lm_eval.api.instance import Instance
+    from lm_eval.utils import get_rolling_token_windows
 
     from spikescale.evaluation.harness import HarnessModel
 
@@ -171,16 +172,14 @@ def test_requests_by_hand(loaded):
         pytest.approx(-nats(loaded.model, "", long), rel=1e-5),
         0,
     ]
-    # A window of 16 tokens: disjoint ones for a rolling text, the last ones of a context.
+    # A window of 16 tokens: those that the harness itself cuts a rolling text into.
     model = HarnessModel(loaded, 2, window=16)
-    pieces = [("" if not n else long[n - 1], long[n : n + 16]) for n in range(0, 64, 16)]
-    ids = [([EOS] if not a else []) + list((a + b).encode()) for a, b in pieces]
-    total = 0.0
-    for row in ids:
+    text, total = long[:70], 0.0
+    for read, wanted in get_rolling_token_windows(list(text.encode()), EOS, 16, 1):
         with torch.no_grad():
-            logits = loaded.model(torch.tensor([row[:-1]]))[0][0]
-        total -= float(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum"))
-    assert ask("loglikelihood_rolling", (long[:64],)) == [pytest.approx(total, rel=1e-5)]
+            logits = loaded.model(torch.tensor([read]))[0][0, -len(wanted) :]
+        total -= float(torch.nn.functional.cross_entropy(logits, torch.tensor(wanted), reduction="sum"))
+    assert ask("loglikelihood_rolling", (text,)) == [pytest.approx(total, rel=1e-5)]
     # Whatever the batch, each context is continued as alone; half a word is no stop text.
     model = HarnessModel(loaded, 3)
     plain = {"max_gen_toks": 9}
