@@ -6,7 +6,7 @@ training curve is the lowest of all at its FLOP, of approach 2 the minima of par
 of equal FLOP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from spikescale.scaling.points import Count, Point, final_points
 BINS = 200  # of FLOP, at which the training curves are compared
 SAME_FLOP = 0.1  # relative difference up to which points belong to one isoFLOP profile
 LEAST_SIZES = 4  # of a profile
-LEAST_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -219,13 +218,10 @@ def _profile(flop: float, columns: tuple[Array, Array, Array], interpolated: boo
 
 
 def optima_of(found: Sequence[Profile]) -> list[Optimum]:
-    """The minima of the convex profiles; those at the border are left out while two others remain."""
-    optima = [profile.optimum() for profile in found if profile.convex]
-    inside = [optimum for optimum in optima if not optimum.border]
-    return inside if len(inside) >= 2 else optima
+    """The minima that lie within the sizes tried: what a power law may rest on."""
+    return inside(profile.optimum() for profile in found if profile.convex)
 
 
-def inside_or_all(optima: Sequence[Optimum]) -> list[Optimum]:
-    """The optima that are not at the border, if they are enough for a power law."""
-    inside = [optimum for optimum in optima if not optimum.border]
-    return inside if len(inside) >= LEAST_BINS else list(optima)
+def inside(optima: Iterable[Optimum]) -> list[Optimum]:
+    """The optima that are not at the border."""
+    return [optimum for optimum in optima if not optimum.border]

@@ -115,7 +115,7 @@ def check_envelope(optima: Sequence[Optimum], finished_only: bool) -> list[str]:
     if border > OFF_CENTRE:
         found.append(
             f"at the border: at {border:.0%} of the FLOP the smallest or largest size there is the best; its"
-            " exponent is then that of the grid"
+            " exponent is not that of the law"
         )
     if finished_only:
         found.append("each size's curve is made of the ends of its runs: there are no training curves")

@@ -13,7 +13,7 @@ from spikescale.scaling.approaches import (
     PowerLaws,
     Profile,
     envelope,
-    inside_or_all,
+    inside,
     optima_of,
     power_laws,
     profiles,
@@ -200,7 +200,14 @@ def _law_result(
 ) -> LawResult:
     laws = fit(points)
     if laws is None:
-        return LawResult(optima, None, None, None, [*warnings, "no power law: too few optima"], found or [])
+        return LawResult(
+            optima,
+            None,
+            None,
+            None,
+            [*warnings, "no power law: fewer than two optima lie within the sizes tried"],
+            found or [],
+        )
     drawn = resampled_laws(points, fit, options.rounds, options.seed, progress)
     a = Interval.of(laws.a, np.array([d.a for d in drawn]), options.confidence)
     b = Interval.of(laws.b, np.array([d.b for d in drawn]), options.confidence)
@@ -215,7 +222,7 @@ def _approach1(points: Sequence[Point], options: Options, progress: Callable[[],
     warnings = checks.check_envelope(optima, not curved)
 
     def fit(chosen: Sequence[Point]) -> PowerLaws | None:
-        return power_laws(inside_or_all(envelope(chosen, options.count)))
+        return power_laws(inside(envelope(chosen, options.count)))
 
     return _law_result(points, optima, fit, warnings, options, progress)
 
@@ -232,7 +239,7 @@ def _approach2(points: Sequence[Point], options: Options, progress: Callable[[],
 
 
 def as_json(result: FamilyFit) -> dict[str, Any]:
-    """A family's fit for a JSON file, thetas included, from which predictions can be made again."""
+    """A family's fit for a JSON file."""
     forms = {}
     for name, form in result.forms.items():
         validation = form.validation
