@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikescale.cli.model_argument import add_model_argument, named_model
 from spikescale.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ LABELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = EXAMPLES
-    parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
+    add_model_argument(parser)
     what = parser.add_argument_group("what on (one of them)").add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--data", type=Path, metavar="FOLDER", help="prepared data (see `spikescale data prepare`)"
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _require_sense(arguments)
     device = choose_device(arguments.device)
-    loaded = load_model_folder(find_model_folder(arguments.model), backend=arguments.backend)
+    loaded = load_model_folder(find_model_folder(named_model(arguments)), backend=arguments.backend)
     loaded.model.to(device)
     begin = time.perf_counter()
     autocast = torch.bfloat16 if arguments.precision == "bfloat16" else None

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from spikescale.cli.model_argument import add_model_argument, named_model
 from spikescale.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", type=Path, help="run folder, checkpoint or model folder")
+    add_model_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue; empty: the start of a document")
     prompt.add_argument("--prompt-file", type=Path, help="UTF-8 file with the text to continue")
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     prompt = _prompt(arguments)
     device = choose_device(arguments.device)
-    loaded = load_model_folder(find_model_folder(arguments.model), backend=arguments.backend)
+    loaded = load_model_folder(find_model_folder(named_model(arguments)), backend=arguments.backend)
     steps = stream_text(
         loaded.model.to(device),
         loaded.tokenizer,

@@ -37,6 +37,7 @@ COMMANDS = {
     "analyze": ("spikescale.cli.analyze", "what a model's neurons do while it reads a text"),
     "energy": ("spikescale.cli.energy", "operations and energy a token, beside the paper's claim"),
     "plan": ("spikescale.cli.plan", "memory, speed, days and cost of a run before it is started"),
+    "runs": ("spikescale.cli.runs", "list and compare the runs in MLflow"),
     "scaling": ("spikescale.cli.scaling", "plan, run, fit and report scaling laws"),
     "doctor": ("spikescale.cli.doctor", "what this machine has, and what to do about what it lacks"),
 }

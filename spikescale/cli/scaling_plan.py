@@ -194,5 +194,5 @@ def _base(arguments: argparse.Namespace) -> dict[str, Any]:
             "seed": arguments.seed,
         },
         "zero": {"stage": 1},
-        "mlflow": {"experiment": arguments.name},
+        "mlflow": {"experiment": arguments.name, "register_model": False},
     }

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _energy(plan: Any, families: dict[str, Any], count: str) -> dict[str, list[tuple[float, float, float]]]:
+def _energy(plan: Any, families: dict[str, Any], count: Any) -> dict[str, list[tuple[float, float, float]]]:
     from spikescale.scaling.energy_of_runs import energy_of_runs
 
     return energy_of_runs(plan, families, count, ENERGY_TOKENS)

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spikescale.scaling.scheduler import STATE, State, status_of
     from spikescale.scaling.slurm import CONFIG, write_arrays, write_config
     from spikescale.scaling.tables import show_status
+    from spikescale.scaling.tracking import end_parent_run
 
     plan = read_plan(arguments.plan)
     for planned in plan.runs:
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.no_mlflow:
             _parent_run(plan, state, arguments.plan)
         status = _run(plan, config, state, chosen, arguments, extra)
+        if state.parent_run is not None and not arguments.no_mlflow:
+            end_parent_run(plan, state.parent_run, all(found == "finished" for found in status.values()))
     points = outcomes.points_of_plan(plan)
     if points:
         write_points(points, plan.output / "points.csv")

@@ -313,6 +313,8 @@ class MlflowConfig(Strict):
     experiment: str = "spikescale"
     parent_run: str | None = None  # id of the run that this one is shown under
     tags: dict[str, str] = {}  # of the run, besides what is always recorded
+    register_model: bool = True  # store a finished run's best model, and make a version in the registry of it
+    model_name: str | None = None  # in the registry; None: the run's name
 
 
 class RunConfig(Strict):

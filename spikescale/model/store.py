@@ -141,8 +141,13 @@ def find_model_folder(path: Path) -> Path:
     """The model folder that `path` is or holds.
 
     `path` may be a model folder, a checkpoint `step-*`, a folder `checkpoints`, or a run's folder; of
-    several checkpoints it is the one that the file `best` names, or else `latest`. Raises UserError.
+    several checkpoints it is the one that the file `best` names, or else `latest`. It may also be what MLflow
+    calls a model: runs:/ID, models:/NAME, models:/NAME/VERSION or models:/NAME@ALIAS. Raises UserError.
     """
+    if str(path).startswith(("runs:/", "models:/")):
+        from spikescale.tracking.registry import fetch_model
+
+        path = fetch_model(str(path))
     for candidate in (path, path / "model"):
         if (candidate / SETTINGS).is_file():
             return candidate

@@ -9,7 +9,7 @@ from rich.table import Table
 from spikescale.planning.devices import find_device
 from spikescale.scaling.plan_file import Plan
 
-COLUMNS = 130
+COLUMNS = 170
 
 
 def console() -> Console:
@@ -21,7 +21,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """Print a table whose first `left` columns are aligned left and the others right."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index < left)
     for row in rows:
         table.add_row(*row)
     console().print(table)

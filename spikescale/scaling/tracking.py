@@ -46,3 +46,13 @@ def parent_run(plan: Plan, path: Path, known: str | None) -> str | None:
     except Exception as error:  # whatever a store or the network throws must not keep the runs from starting
         log.warning("MLflow at %s: no run for the plan (%s)", shown(uri), one_line(error))
         return None
+
+
+def end_parent_run(plan: Plan, run: str, finished: bool) -> None:
+    """Mark the plan's own run as ended. A store that does not answer is left alone, which is said."""
+    try:
+        open_client(store_of(plan)).set_terminated(run, "FINISHED" if finished else "KILLED")
+    except Exception as error:  # as above
+        log.warning(
+            "MLflow at %s: the plan's run could not be ended (%s)", shown(store_of(plan)), one_line(error)
+        )

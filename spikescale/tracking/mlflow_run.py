@@ -18,6 +18,7 @@ from spikescale.tracking.mlflow_store import may_pass, open_client, probe, shown
 log = logging.getLogger(__name__)
 
 END_SECONDS = 30.0
+SLOW_UPLOAD = 5e6  # bytes a second at which a model is waited for at the end
 MAX_VALUE = 500  # characters that every MLflow store accepts in a parameter
 MAX_BATCH = 100  # parameters that MLflow takes at once
 NONFINITE = "nonfinite"  # metric: how many figures of a record were not numbers
@@ -52,6 +53,7 @@ class MlflowRun:
         self.run_id = run_id
         self._artifacts, self._on_start = artifacts, on_start
         self._client: Any = None
+        self._model_bytes = 0
         self._delivery = Delivery(
             shown(uri), self._start, lambda: probe(uri), lambda error: may_pass(error, uri), retry_seconds
         )
@@ -112,9 +114,22 @@ class MlflowRun:
         """Copy a file to the run's artifacts, as it is when the thread gets to it."""
         self._delivery.put(lambda: self._client.log_artifact(self.run_id, str(path), folder), path.name)
 
+    def register_model(self, folder: Path, name: str, tags: dict[str, str]) -> None:
+        """Store a model folder with the run, and make a version of `name` in the registry of it."""
+
+        def send() -> None:
+            from spikescale.tracking.registry import register
+
+            register(self._client, str(self.run_id), folder, name, tags)
+
+        self._delivery.put(send, f"the model {name}")
+        self._model_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
     def finish(self, status: str = "FINISHED", seconds: float = END_SECONDS) -> bool:
-        """Send what is left for at most `seconds`, end the run; whether everything arrived."""
-        return self._delivery.finish(lambda: self._client.set_terminated(self.run_id, status), seconds)
+        """Send what is left for at most `seconds` and the time a model takes, end the run; whether all"
+        " arrived."""
+        patience = seconds + self._model_bytes / SLOW_UPLOAD
+        return self._delivery.finish(lambda: self._client.set_terminated(self.run_id, status), patience)
 
     def _start(self) -> None:
         client = open_client(self.uri)

@@ -17,6 +17,7 @@ from spikescale.tracking.metrics_file import MetricsFile, read_metrics
 from spikescale.tracking.mlflow_run import MlflowRun
 from spikescale.tracking.mlflow_store import default_store, is_server, shown
 from spikescale.training.bootstrap import Process
+from spikescale.training.checkpoint_files import MODEL
 from spikescale.training.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,16 @@ class RunRecords:
         """Write result.json: what the finished run came to, replacing that of an earlier end."""
         if self.is_main:
             write_json(self.folder / RESULT_FILE, result)
+
+    def register_model(self, checkpoint: Path, step: int, metrics: dict[str, float]) -> None:
+        """Hand a checkpoint's model to MLflow's registry, if the settings say so."""
+        settings = self.config.mlflow
+        if not (self.is_main and self._mlflow and settings.register_model):
+            return
+        model = self.config.model
+        tags = {"step": str(step), "variant": model.variant, "layers": str(model.layers)}
+        tags |= {"width": str(model.width), **{key: f"{value:.6g}" for key, value in metrics.items()}}
+        self._mlflow.register_model(checkpoint / MODEL, settings.model_name or self.config.name, tags)
 
     def close(self, status: str) -> None:
         """Draw the curves, hand the files to MLflow and end its run."""

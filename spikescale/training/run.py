@@ -28,6 +28,7 @@ from spikescale.parallel.tensor import tensor_parts
 from spikescale.training import recovery
 from spikescale.training.bootstrap import Process
 from spikescale.training.checkpoint import Checkpoint, CheckpointFolder, seed_everything
+from spikescale.training.checkpoint_files import read_checkpoint
 from spikescale.training.clock import StepClock
 from spikescale.training.console import TrainingConsole
 from spikescale.training.dataset import Dataset
@@ -168,6 +169,7 @@ class Pretraining:
                 self.checkpoints.finish()
                 self.guard.stop.release()
                 final_report(self)
+                self._register_model()
             self.records.event("end", self.step)
             status = "FINISHED"
         except (KeyboardInterrupt, RequeueError):
@@ -427,6 +429,13 @@ class Pretraining:
         with self.guard.patience("saving"):
             self.checkpoints.save(self.engine, self.config, self.tokenizer, state, metrics)
         self.saved_step = self.step
+
+    def _register_model(self) -> None:
+        """Hand the best checkpoint's model, or else the last one's, to the registry."""
+        if self.process.is_main:
+            name = self.checkpoints.best() or self.checkpoints.names()[-1]
+            checkpoint = read_checkpoint(self.checkpoints.folder / name)
+            self.records.register_model(checkpoint.folder, checkpoint.step, checkpoint.state["metrics"])
 
     def _sample(self) -> None:
         with self.guard.patience("sampling"):

@@ -1,0 +1,133 @@
+"""Models go into MLflow's registry and come back; runs are listed and compared."""
+
+import json
+
+import pytest
+
+from spikescale.cli.main import main
+from spikescale.config import ModelConfig
+from spikescale.data_pipeline.tokenizers import make_tokenizer, parse_spec
+from spikescale.errors import UserError
+from spikescale.model import SpikeGPT
+from spikescale.model.store import find_model_folder, load_model_folder, save_model_folder
+from spikescale.tracking.mlflow_run import MlflowRun
+from spikescale.tracking.run_table import RunStore, differing, sparkline
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with two runs of two models, `first` twice in the registry and `second` once."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    tokenizer = make_tokenizer(parse_spec("byte"), [])
+    for name, width in (("first", 8), ("second", 16)):
+        config = ModelConfig(layers=1, width=width, vocab_size=tokenizer.vocab_size, context_length=8)
+        model = SpikeGPT(config, seed=width)
+        run = MlflowRun(uri, "tests", name, artifacts=folder / "artifacts")
+        run.log_parameters(
+            {"model.width": width, "train.batch_size": 2, "model.context_length": 8, "name": name}
+        )
+        for step in (1, 2, 3):
+            run.log_metrics({"loss/train": 5.0 / step, "loss/valid": width / step}, step)
+        for step in (2, 3) if name == "first" else (3, 3):
+            model_folder = folder / f"{name}-{step}"
+            if not model_folder.exists():
+                save_model_folder(
+                    model_folder, dict(model.named_parameters()), config, tokenizer, {"step": step}
+                )
+            run.register_model(model_folder, name, {"step": str(step), "valid_loss": f"{width / step:.3f}"})
+        assert run.finish(seconds=120)
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def address(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+
+def test_registered_models_come_back_by_run_version_and_name(store, capsys):
+    runs = {run.name: run for run in RunStore(store).runs()}
+    for address, width in (
+        (f"runs:/{runs['first'].id}", 8),
+        ("models:/first/1", 8),
+        ("models:/second", 16),
+        (f"runs:/{runs['second'].id}/model", 16),
+    ):
+        from pathlib import Path
+
+        assert load_model_folder(find_model_folder(Path(address))).config.width == width
+    assert main(["runs", "list", "--models", "--json"]) == 0
+    versions = json.loads(capsys.readouterr().out)
+    # One version for each step, however often it was handed over.
+    assert [(v["name"], v["version"], v["step"]) for v in versions] == [
+        ("first", 1, "2"),
+        ("first", 2, "3"),
+        ("second", 1, "3"),
+    ]
+    assert versions[2]["valid_loss"] == "5.333"
+
+
+def test_generate_speaks_with_a_model_of_the_registry(capsys):
+    assert (
+        main(["generate", "--model", "models:/first", "--tokens", "3", "--prompt", "a", "--ignore-eos"]) == 0
+    )
+    assert "3 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["models:/third"], "no model of this name; there are first, second"),
+        (["models:/first/9"], "models:/first/9 in sqlite"),
+        (["runs:/0123"], "runs:/0123 in sqlite"),
+        (["models:/first", "--model", "models:/second"], "name one model"),
+        ([], "name one model"),
+    ],
+)
+def test_models_that_are_not_there_are_refused_in_one_line(capsys, words, said):
+    assert main(["generate", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_missing_store_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    assert main(["generate", "models:/first"]) == 2
+    assert "no such store" in capsys.readouterr().err
+    assert main(["runs", "list"]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_runs_are_listed_by_a_metric_and_filtered(capsys):
+    assert main(["runs", "list", "--sort", "loss/valid", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [run["name"] for run in listed] == ["first", "second"]
+    assert listed[0]["metrics"]["loss/valid"] == pytest.approx(8 / 3)
+    assert main(["runs", "list", "--filter", "params.`model.width` = '16'"]) == 0
+    table = capsys.readouterr().out
+    assert "second" in table
+    assert "first" not in table
+    assert main(["runs", "list", "--filter", "nonsense"]) == 2
+    assert main(["runs", "list", "--experiment", "none"]) == 2
+    assert "there are Default, tests" in capsys.readouterr().err
+
+
+def test_compared_runs_show_what_differs_and_their_curves(store, tmp_path, capsys):
+    runs = RunStore(store)
+    pair = [runs.named("first"), runs.named(runs.named("second").id[:6])]
+    assert differing(pair) == ["model.width"]
+    assert main(["runs", "compare", "first", "second", "--output", str(tmp_path / "curves.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "model.width" in shown
+    assert "loss 5.000 █" in shown
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="third: no run of this id or name"):
+        runs.named("third")
+
+
+def test_sparkline_is_as_high_as_its_values():
+    assert sparkline([3.0, 1.0, 2.0]) == "█▁▅"
+    assert len(sparkline(list(range(1000)), 40)) == 40
+    assert sparkline([]) == ""
