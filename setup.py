@@ -33,6 +33,7 @@ GPU = ["triton>=3.9,<3.10", "flash-linear-attention>=0.6,<0.7"]
 S3 = ["s3fs>=2026.9,<2027"]
 # Models as transformers' classes, the driven variant as a NIR graph (docs/interoperability.md).
 TRANSFORMERS = ["transformers>=5.23,<5.24", "accelerate>=1.15,<2"]
+CLASSIFY = ["scikit-learn>=1.7,<1.10"]  # a baseline of docs/understanding.md
 NIR = ["nir>=1.0.8,<1.1"]
 EVAL = ["lm_eval>=0.4.13,<0.5"]  # `spikescale evaluate --tasks` (docs/evaluation.md)
 INT8 = ["torchao>=0.18,<0.19"]
@@ -89,6 +90,7 @@ setup(
         "s3": S3,
         "hf": TRANSFORMERS,
         "nir": NIR,
+        "classify": CLASSIFY,
         "eval": EVAL,
         "int8": INT8,
         "lora": LORA,
@@ -105,6 +107,7 @@ setup(
             *S3,
             *TRANSFORMERS,
             *NIR,
+            *CLASSIFY,
             # Neurons are compared with those of snnTorch and SpikingJelly, which also run NIR graphs. The
             # Makefile installs SpikingJelly without what it asks for: torchvision would replace torch.
             "snntorch>=1.0,<1.1",

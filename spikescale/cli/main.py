@@ -21,6 +21,10 @@ COMMANDS = {
     ),
     "finetune": ("spikescale.cli.finetune", "train a pretrained model on new text: full, frozen, lora"),
     "ablate": ("spikescale.cli.ablate", "train the variants at equal budget over seeds, and compare them"),
+    "classify": (
+        "spikescale.cli.classify",
+        "fine-tune on labelled texts beside baselines, over seeds",
+    ),
     "export": (
         "spikescale.cli.export",
         "write a checkpoint's model as a folder of its own, for this or another program",

@@ -1,59 +1,15 @@
 """SpikeGPT as a classifier: the mean over a text's vectors and a small network (SpikeGPT Sec. 3.6)."""
 
-import functools
-import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from spikescale.finetune.pooling import ClassificationHead, mean_over_text
 from spikescale.interop.hf.configuration import SpikeGPTConfig
 from spikescale.interop.hf.modeling import SpikeGPTModel, SpikeGPTPreTrainedModel
-
-
-def mean_over_text(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The mean (B, C) of vectors (B, T, C) over the tokens that are no padding (SpikeGPT Eq. 15).
-
-    Raises ValueError for a row without any.
-    """
-    if attention_mask is None:
-        return hidden.mean(1)
-    weights = attention_mask.to(hidden.dtype)[..., None]
-    lengths = weights.sum(1)
-    if not bool((lengths > 0).all()):
-        raise ValueError("attention_mask: a text without tokens cannot be classified")
-    # Not a product alone: what stands at padding may be anything.
-    return torch.where(weights > 0, hidden, 0.0).sum(1) / lengths
-
-
-def _normal(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, device="cpu") / math.sqrt(shape[1])
-
-
-class ClassificationHead(nn.Module):
-    """Two linear layers with a tanh between: (B, C) -> logits (B, labels)."""
-
-    def __init__(self, width: int, inner: int, labels: int, dropout: float) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, inner)
-        self.out = nn.Linear(inner, labels)
-        self.dropout = dropout
-
-    def initial_values(self) -> Iterator[tuple[Tensor, Callable[[], Tensor]]]:
-        """Every parameter and what makes its initial value: normal of deviation 1/sqrt(inputs), biases 0."""
-        for layer in (self.dense, self.out):
-            yield layer.weight, functools.partial(_normal, layer.weight.shape)
-            yield layer.bias, functools.partial(torch.zeros, layer.bias.shape, device="cpu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        x = F.dropout(x, self.dropout, self.training)
-        x = torch.tanh(self.dense(x))
-        logits: Tensor = self.out(F.dropout(x, self.dropout, self.training))
-        return logits
 
 
 class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
