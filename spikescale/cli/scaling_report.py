@@ -1,6 +1,7 @@
 """`spikescale scaling report`: a page about a ladder."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,11 @@ def _log(arguments: argparse.Namespace, plan: Any, written: list[Path], results:
 
     figures = {}
     for result in results:
+        family = re.sub(r"[^\w .:-]", "_", result.family, flags=re.ASCII) or "points"  # what MLflow takes
         for name, form in result.forms.items():
             for symbol, interval in form.parameters.items():
-                figures[f"fit/{result.family}/{name}/{symbol}"] = interval.value
-            figures[f"fit/{result.family}/{name}/N_opt_exponent"] = form.exponent.value
+                figures[f"fit/{family}/{name}/{symbol}"] = interval.value
+            figures[f"fit/{family}/{name}/N_opt_exponent"] = form.exponent.value
     uri = arguments.log or store_of(plan)
     known = State.read(plan.output / STATE).parent_run if plan is not None and arguments.log is None else None
     experiment = str(plan.base.get("mlflow", {}).get("experiment", plan.name)) if plan else "scaling"

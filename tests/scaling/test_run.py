@@ -6,11 +6,13 @@ import subprocess
 
 import pytest
 
+from spikescale.cli.main import main
 from spikescale.config import load_config
 from spikescale.data_pipeline.pools import ray_running
+from spikescale.faults.events import append_event
 from spikescale.scaling.outcomes import points_of_plan
-from spikescale.scaling.plan_file import Plan, PlannedRun
-from spikescale.scaling.points import final_points
+from spikescale.scaling.plan_file import Plan, PlannedRun, write_plan
+from spikescale.scaling.points import final_points, read_points
 from spikescale.scaling.scheduler import Resources, State, run_plan, status_of
 from spikescale.scaling.slurm import CONFIG, SUBMIT, write_arrays, write_config
 
@@ -144,3 +146,20 @@ def test_plan_as_job_arrays_names_every_open_run(plan, tmp_path):
 def test_status_of_a_plan_that_was_never_started(plan, tmp_path):
     state = State.read(tmp_path / "none.json")
     assert set(status_of(plan, state, 1).values()) == {"open"}
+
+
+def test_collecting_reads_what_runs_left_without_starting_any(plan, tmp_path, capsys):
+    write_plan(plan, tmp_path / "plan.json")
+    for name, step, ended in (("whole", 12, True), ("trunk", 6, False)):
+        folder = plan.output / name
+        folder.mkdir(parents=True)
+        records = [{"step": 3, "firing_rate": 0.25}, {"step": step, "valid_loss": 2.5}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if ended:
+            append_event(folder, "end", step)
+    assert main(["scaling", "run", str(tmp_path / "plan.json"), "--collect"]) == 75
+    assert "small: 1 finished, 3 open" in capsys.readouterr().out
+    whole, trunk = sorted(read_points([plan.output / "points.csv"]), key=lambda p: -p.tokens)
+    assert (whole.tokens, whole.loss, whole.firing_rate, whole.final) == (3072, 2.5, 0.25, True)
+    assert (trunk.tokens, trunk.run, trunk.final) == (1536, "trunk", False)
+    assert whole.flop == 200000 * 3072

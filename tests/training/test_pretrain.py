@@ -49,9 +49,12 @@ def test_run_learns_and_leaves_everything_it_promises(run_file, tmp_path):
     assert {m.step: m.value for m in history} == curve
     assert run.data.params["train.steps"] == "30"
     assert {"data.manifest_sha256", "environment.commit", "environment.torch"} <= set(run.data.tags)
-    assert {"config.yaml", "curves.png", "samples.txt"} <= {
+    assert {"config.yaml", "curves.png", "samples.txt", "model"} <= {
         f.path for f in client.list_artifacts(run.info.run_id)
     }
+    (version,) = client.search_model_versions("name = 'run'")
+    best = min(validations, key=lambda record: record["valid_loss"])
+    assert (version.run_id, version.tags["valid_loss"]) == (run.info.run_id, f"{best['valid_loss']:.6g}")
 
 
 @pytest.mark.parametrize(
