@@ -1,0 +1,278 @@
+"""What spikes in front of every projection cost in bits a byte, and what makes the gap smaller.
+
+    python benchmarks/driven_gap.py train --data data/shakespeare-byte --runs runs/gap --seeds 0 1
+    python benchmarks/driven_gap.py report --data data/shakespeare-byte --runs runs/gap
+
+`train` pretrains each attempt at the same budget, one after another, and skips those that are finished: it
+may be killed and called again. `report` measures firing rates and energy of the finished ones on the test
+split, and writes benchmarks/results/driven_gap.json and .png. `--lock FILE` has every run wait for that
+file's lock.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikescale.data_pipeline.manifest import load_manifest
+from spikescale.data_pipeline.stream import split_tokens
+from spikescale.energy import PRICES, count_operations, summarise
+from spikescale.evaluation.language_model import evaluate_tokens
+from spikescale.files import write_json, written_aside
+from spikescale.model.store import find_model_folder, load_model_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "driven_gap.json"
+ENERGY_TOKENS = 16_384  # of the test split, over which operations are counted
+# The budget of configs/run/ablation.yaml, which compares the variants.
+BUDGET = {
+    "train.steps": 160,
+    "train.batch_size": 16,
+    "train.optimizer": "adamw",
+    "train.weight_decay": 0.1,
+    "train.lr": 2e-3,
+    "train.min_lr": 1e-4,
+    "train.warmup_steps": 20,
+    "train.schedule": "wsd",
+    "train.decay_fraction": 0.3,
+    "train.precision": "auto",
+    "train.threads": 1,
+    "train.evaluate_every": 0,
+    "train.save_every": 50,
+    "train.final_evaluation_tokens": 256,  # `report` evaluates
+    "train.sample_count": 0,
+    "mlflow.enabled": "false",
+    "zero.stage": 0,
+}
+TEACHER = "{teacher}"  # the run `rwkv` with the same seed
+
+
+def driven(**neuron: object) -> dict[str, object]:
+    """The driven variant with settings of its neurons."""
+    return {"model.variant": "spikegpt-driven"} | {f"model.neuron.{key}": v for key, v in neuron.items()}
+
+
+YES = "true"
+# Currents of equal size at a threshold that they reach: without it, neurons hardly fire at first.
+BALANCED = {"v_threshold": 0.5, "normalise_current": YES}
+# What each attempt changes, by name; the first three are what the others are held against.
+ATTEMPTS: dict[str, dict[str, object]] = {
+    "rwkv": {"model.variant": "rwkv", "model.binary_embedding": "false"},
+    "spikegpt": {"model.variant": "spikegpt"},
+    "driven": driven(),
+    "threshold 0.5": driven(v_threshold=0.5),
+    "signed": driven(**BALANCED, signed=YES),
+    "signed, tau 1": driven(**BALANCED, signed=YES, tau=1.0),
+    "normalised": driven(**BALANCED),
+    "signed, 2 bits, tau 1": driven(**BALANCED, signed=YES, bits=2, tau=1.0),
+    "learnt threshold": driven(learn_threshold=YES),
+    "signed, distilled": {**driven(**BALANCED, signed=YES), "train.distill_from": TEACHER},
+    "signed, learnt": driven(**BALANCED, signed=YES, learn_tau=YES, learn_threshold=YES),
+    "2 bits": driven(**BALANCED, bits=2),
+    "learnt tau": driven(learn_tau=YES),
+    "signed, 4 bits, tau 1": driven(v_threshold=0.2, normalise_current=YES, signed=YES, bits=4, tau=1.0),
+    "normalised, threshold 1": driven(normalise_current=YES),
+    "heaviside-rwkv": {"model.variant": "heaviside-rwkv"},
+    "spikegpt-b": {"model.variant": "spikegpt-b"},
+    "threshold 0.25": driven(v_threshold=0.25),
+    "signed, threshold 1": driven(signed=YES),
+    "soft reset": driven(soft_reset=YES),
+    "surrogate 0.5": driven(surrogate_alpha=0.5),
+    "distilled": {**driven(), "train.distill_from": TEACHER},
+    "float embedding": {**driven(), "model.binary_embedding": "false"},
+}
+
+
+def main() -> int:
+    """Train or report, as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("train", "report"))
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--attempts", nargs="+", default=list(ATTEMPTS), choices=list(ATTEMPTS))
+    parser.add_argument("--lock", type=Path, help="file whose lock is held while training")
+    parser.add_argument("--hold", type=float, default=590, help="seconds that the lock is held at most")
+    arguments = parser.parse_args()
+    return train(arguments) if arguments.what == "train" else report(arguments)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Pretrain what is not finished: all attempts with the first seed, then with the next."""
+    waiting = [(seed, name) for seed in arguments.seeds for name in arguments.attempts]
+    failed, longest = [], 0.0
+    while waiting:
+        with locked(arguments.lock):
+            held = time.monotonic()
+            while waiting and (not longest or time.monotonic() - held + longest < arguments.hold):
+                seed, name = waiting.pop(0)
+                began = time.monotonic()
+                if not train_one(arguments, name, seed):
+                    failed.append(f"{name}, seed {seed}")
+                longest = max(longest, time.monotonic() - began)
+        time.sleep(1)  # so that someone else who waits for the lock has it first
+    print(f"failed: {', '.join(failed) or 'none'}", flush=True)
+    return 1 if failed else 0
+
+
+def train_one(arguments: argparse.Namespace, name: str, seed: int) -> bool:
+    """Whether the attempt is trained, now or before."""
+    run = run_name(name, seed)
+    done = arguments.runs / run / "done"
+    if done.exists():
+        return True
+    changes = {"name": run, "output": arguments.runs, "data.path": arguments.data}
+    changes |= {"train.seed": seed, "data.seed": seed, **BUDGET, **ATTEMPTS[name]}
+    teacher = arguments.runs / run_name("rwkv", seed)
+    if TEACHER in changes.values() and not (teacher / "done").exists():
+        print(f"{run}: its teacher, {teacher}, is not trained", flush=True)
+        return False
+    words = [f"{key}={teacher if value == TEACHER else value}" for key, value in changes.items()]
+    print(f"{run} ...", flush=True)
+    ended = subprocess.run(
+        [sys.executable, "launch/pretrain.py", "--config", "configs/run/tiny.yaml", *words],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+    if ended.returncode:
+        print(f"{run}: exit code {ended.returncode}", flush=True)
+        return False
+    done.touch()
+    return True
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Measure what is finished, and write the JSON, the picture and a table in Markdown to standard output."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"attempts": {}}
+    for name in arguments.attempts:
+        for seed in arguments.seeds:
+            known = results["attempts"].setdefault(name, {"settings": ATTEMPTS[name], "seeds": {}})
+            folder = arguments.runs / run_name(name, seed)
+            if (folder / "done").exists() and str(seed) not in known["seeds"]:
+                print(f"measuring {folder.name} ...", file=sys.stderr, flush=True)
+                known["seeds"][str(seed)] = measured(folder, arguments.data)
+    results["attempts"] = {name: found for name, found in results["attempts"].items() if found["seeds"]}
+    results |= {"budget": BUDGET, "energy_tokens": ENERGY_TOKENS, "prices": "45nm-float32"}
+    write_json(RESULTS, results)
+    print(table(results["attempts"]))
+    draw(results["attempts"], RESULTS.with_suffix(".png"))
+    return 0
+
+
+def measured(folder: Path, data: Path) -> dict[str, object]:
+    """Bits a byte on the whole test split; operations and energy a token on its first tokens."""
+    loaded = load_model_folder(find_model_folder(folder))
+    manifest = load_manifest(data)
+    tokens, totals = split_tokens(manifest, "test"), manifest.totals("test")
+    nats, scored = evaluate_tokens(
+        loaded.model, tokens, context_length=loaded.config.context_length, eos_id=loaded.tokenizer.eos_id
+    )
+    parts = count_operations(
+        loaded.model, torch.as_tensor(tokens[:ENERGY_TOKENS]), context_length=loaded.config.context_length
+    )
+    found = summarise(parts, PRICES["45nm-float32"])
+    rates = [part.rate for part in parts if part.kind == "neuron" and part.layer.startswith("block")]
+    return {
+        "bits_per_byte": nats / math.log(2) / totals.bytes,
+        "tokens": scored,
+        "spike_rate": found.spike_rate,
+        "silent_neuron_layers": sum(rate == 0 for rate in rates),
+        "neuron_layers": len(rates),
+        "microjoules": found.energy / 1e6,
+        "projection_ratio": found.projection_ratio,
+        "whole_ratio": found.whole_ratio,
+        "parameters": loaded.model.count_parameters(),
+    }
+
+
+def means(found: dict[str, Any], key: str) -> list[float]:
+    """A figure of all seeds."""
+    return [seed[key] for seed in found["seeds"].values() if seed[key] is not None]
+
+
+def table(attempts: dict[str, Any]) -> str:
+    """The attempts in Markdown, the best first."""
+    rwkv, plain = (statistics.mean(means(attempts[name], "bits_per_byte")) for name in ("rwkv", "driven"))
+    lines = [
+        "| attempt | seeds | test bits a byte | of the gap to rwkv closed | spike rate | silent layers"
+        " | uJ a token | projections | whole model |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = sorted(attempts, key=lambda name: statistics.mean(means(attempts[name], "bits_per_byte")))
+    for name in order:
+        found = attempts[name]
+        bits, rate = means(found, "bits_per_byte"), means(found, "spike_rate")
+        mean = statistics.mean(bits)
+        spread = f" ({', '.join(f'{value:.3f}' for value in bits)})" if len(bits) > 1 else ""
+        is_attempt = found["settings"].get("model.variant") == "spikegpt-driven"
+        closed = f"{(plain - mean) / (plain - rwkv):.0%}" if is_attempt else "-"
+        shown = next(iter(found["seeds"].values()))
+        lines.append(
+            f"| {name} | {len(bits)} | {mean:.3f}{spread} | {closed}"
+            f" | {f'{statistics.mean(rate):.3f}' if rate else '-'}"
+            f" | {shown['silent_neuron_layers']} of {shown['neuron_layers']}"
+            f" | {statistics.mean(means(found, 'microjoules')):.3f}"
+            f" | {statistics.mean(means(found, 'projection_ratio')):.2f}x"
+            f" | {statistics.mean(means(found, 'whole_ratio')):.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def draw(attempts: dict[str, Any], path: Path) -> None:
+    """Bits a byte against energy a token."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for name, found in attempts.items():
+        energy = statistics.mean(means(found, "microjoules"))
+        bits = means(found, "bits_per_byte")
+        attempt = found["settings"].get("model.variant") == "spikegpt-driven"
+        colour = "#4878a8" if attempt else "#c44e52"
+        panel.plot([energy] * len(bits), bits, "o-", color=colour, markersize=5)
+        panel.annotate(
+            name, (energy, statistics.mean(bits)), xytext=(6, 2), textcoords="offset points", fontsize=8
+        )
+    panel.set(
+        xscale="log",
+        xlabel="microjoules a token (45 nm, float32, arithmetic only, head included)",
+        ylabel="test bits a byte",
+        title="what spikes in front of every projection cost, and what they save",
+    )
+    panel.grid(alpha=0.3)
+    with written_aside(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def run_name(name: str, seed: int) -> str:
+    """The name of an attempt's run."""
+    return f"{name.replace(', ', '+').replace(' ', '-')}-s{seed}"
+
+
+@contextlib.contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    """Hold the lock of a file while the block lasts."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
