@@ -1,7 +1,7 @@
 """Published energies of arithmetic operations, by source. All in picojoules.
 
 They are of the arithmetic alone: reading a weight from memory, which costs more than multiplying by it
-(Horowitz 2014: 5 pJ for 32 bits from an 8 KiB cache, 640 pJ or more from DRAM), moving data and leakage are
+(Horowitz 2014: 5 pJ for 32 bits from an 8 KiB cache, 650 pJ or more from DRAM), moving data and leakage are
 not in them.
 """
 
