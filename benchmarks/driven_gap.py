@@ -154,7 +154,7 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int) -> bool:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Measure what is finished, and write the JSON, the picture and a table in Markdown to standard output."""
+    """Measure what is finished; write the JSON, the picture, and a table in Markdown to standard output."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"attempts": {}}
     for name in arguments.attempts:
         for seed in arguments.seeds:
