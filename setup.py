@@ -114,6 +114,7 @@ setup(
             "nirtorch>=2.6,<2.7",
             "loguru>=0.7,<1",
             "SciencePlots>=2.2,<3",
+            "rwkv>=0.8.32,<0.9",  # reads the RWKV-4 files that we write
             *EVAL,
             *INT8,
             *LORA,

@@ -1,1 +1,1 @@
-"""Training a pretrained model further: on new text, all of it, its upper layers or LoRA; or to classify texts."""
+"""Training a pretrained model further: on new text (all of it, upper layers, LoRA), or to classify texts."""

@@ -17,6 +17,7 @@ from spikescale.finetune.classify import (
     ClassifySettings,
     accuracy_and_f1,
     class_weights,
+    score,
     train_classifier,
 )
 from spikescale.finetune.comparison import compare
@@ -83,6 +84,9 @@ def test_what_words_tell_is_learnt(task, kind):
     # Of the best accuracy, and among equals of the lowest loss.
     best = max(range(len(trained.valid)), key=lambda i: (trained.valid[i].accuracy, -trained.valid[i].loss))
     assert trained.best_epoch == best + 1
+    rows = [(ids, label) for ids, label in zip(words(task.valid.texts), task.valid.labels, strict=True)]
+    again = score(model, rows, 2, 16)
+    assert again.loss == pytest.approx(trained.valid[best].loss) != trained.valid[-1].loss
 
 
 def test_training_stops_when_validation_stops_rising(task):

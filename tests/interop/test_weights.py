@@ -41,6 +41,36 @@ def write_released(model: SpikeGPT, file: Path, prefix: str = "", **extra: objec
     torch.save({**{prefix + name: weight for name, weight in weights.items()}, **extra}, file)
 
 
+def test_the_names_are_those_of_the_released_code():
+    """Written out once more, from the released code: reading and writing could share a mistake."""
+    expected = {
+        "emb.weight": "embedding.weight",
+        "blocks.0.ln0.weight": "blocks.0.ln0.weight",
+        "blocks.1.ln1.weight": "blocks.1.ln1.weight",
+        "blocks.1.ln2.bias": "blocks.1.ln2.bias",
+        "blocks.1.att.time_decay": "blocks.1.time_mix.time_decay",
+        "blocks.1.att.time_first": "blocks.1.time_mix.time_first",
+        "blocks.1.att.time_mix_k": "blocks.1.time_mix.mu_key",
+        "blocks.1.att.time_mix_v": "blocks.1.time_mix.mu_value",
+        "blocks.1.att.time_mix_r": "blocks.1.time_mix.mu_receptance",
+        "blocks.1.att.key.weight": "blocks.1.time_mix.key.weight",
+        "blocks.1.att.value.weight": "blocks.1.time_mix.value.weight",
+        "blocks.1.att.receptance.weight": "blocks.1.time_mix.receptance.weight",
+        "blocks.1.att.output.weight": "blocks.1.time_mix.output.weight",
+        "blocks.1.ffn.time_mix_k": "blocks.1.channel_mix.mu_key",
+        "blocks.1.ffn.time_mix_r": "blocks.1.channel_mix.mu_receptance",
+        "blocks.1.ffn.key.weight": "blocks.1.channel_mix.key.weight",
+        "blocks.1.ffn.receptance.weight": "blocks.1.channel_mix.receptance.weight",
+        "blocks.1.ffn.value.weight": "blocks.1.channel_mix.value.weight",
+        "ln_out.weight": "ln_out.weight",
+        "head.weight": "head.weight",
+    }
+    model = random_model(tiny())
+    ours, theirs = weights_of(model), rename(weights_of(model), BLINK, torch.float32)
+    for foreign, mine in expected.items():
+        assert torch.equal(theirs[foreign].reshape(ours[mine].shape), ours[mine]), foreign
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_a_released_spikegpt_is_imported_with_and_without_a_wrappers_prefix(tmp_path, capsys, prefix):
     model = random_model(tiny())
@@ -273,3 +303,18 @@ def test_models_that_the_other_program_could_not_run_are_not_exported(tmp_path, 
         assert main(["export", str(folder), str(tmp_path / "out"), *options]) == 2
         assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_the_package_rwkv_reads_our_export_and_gets_the_same_logits(tmp_path, saved, monkeypatch, capsys):
+    monkeypatch.setenv("RWKV_JIT_ON", "0")
+    package = pytest.importorskip("rwkv.model")
+    model, folder = saved(tiny("rwkv"))
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "rwkv4"]) == 0
+    theirs = package.RWKV(model=str(tmp_path / "out" / "model"), strategy="cpu fp32")
+    tokens = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(0))
+    state, logits = None, []
+    for token in tokens.tolist():
+        out, state = theirs.forward([token], state)
+        logits.append(out)
+    torch.testing.assert_close(torch.stack(logits), model(tokens[None])[0][0], rtol=1e-4, atol=1e-4)
