@@ -24,7 +24,7 @@ class ClassifySettings:
 
     Attributes:
         epochs: the most passes over the training texts; patience: so many without a better validation
-            accuracy end the training. The weights of the best epoch are kept.
+            accuracy, or the same with a lower loss, end the training. The weights of the best epoch are kept.
         batch_size: texts; max_tokens: longer texts are cut.
         lr: of the pretrained or new body; head_lr: of the classification head. Both rise over the first
             `warmup` of all steps that `epochs` would take and fall linearly to a tenth.
