@@ -2,7 +2,8 @@
 
     spikescale data prepare --source shakespeare --tokenizer byte --output data/shakespeare-byte
     python launch/pretrain.py --config configs/run/tiny.yaml name=driven model.variant=spikegpt-driven \\
-        train.steps=300 train.lr=2e-3
+        train.steps=250 train.batch_size=8 train.lr=2e-3 train.optimizer=adamw train.weight_decay=0.1 \\
+        train.schedule=wsd train.decay_fraction=0.3 train.warmup_steps=25 train.precision=bfloat16
     python benchmarks/nir_simulation.py runs/driven --data data/shakespeare-byte
 
 The model is exported (`spikescale export --format nir`) and the graph read back. Then the test split's first
