@@ -1,7 +1,7 @@
 """Models in MLflow: a finished run's model as an artifact and a version in the registry, and the way back.
 
-The artifact `model/` of a run is a model folder (model/store.py), which stands on its own. The registry's
-version points at it and carries its metrics as tags.
+The artifacts `model/step-N` of a run are model folders (model/store.py), which stand on their own. The
+registry's version points at one of them and carries its metrics as tags.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from spikescale.errors import UserError
 from spikescale.files import cache_folder, sha256_text, temporary_path
 from spikescale.tracking.mlflow_store import default_store, open_client, probe, shown
 
-ARTIFACT = "model"
+ARTIFACT, STEP = "model", "step-"
 SCHEMES = ("runs:/", "models:/")
 STORE = "MLFLOW_TRACKING_URI"
 
@@ -42,13 +42,14 @@ def register(client: Any, run_id: str, folder: Path, name: str, tags: Mapping[st
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     if any(version.name == name and version.tags.get("step") == tags["step"] for version in versions):
         return
-    client.log_artifacts(run_id, str(folder), ARTIFACT)
+    path = f"{ARTIFACT}/{STEP}{tags['step']}"
+    client.log_artifacts(run_id, str(folder), path)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+    source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
     client.create_model_version(name, source, run_id, tags=dict(tags))
 
 
@@ -86,7 +87,7 @@ def _run_and_path(client: Any, address: str) -> tuple[str, str]:
             f"{address}: write runs:/ID, models:/NAME/VERSION, models:/NAME@ALIAS or models:/NAME"
         )
     if scheme == "runs":
-        return first, more or ARTIFACT
+        return first, more or _newest(client, first)
     name, _, alias = first.partition("@")
     if alias:
         version = client.get_model_version_by_alias(name, alias)
@@ -98,7 +99,15 @@ def _run_and_path(client: Any, address: str) -> tuple[str, str]:
             known = ", ".join(sorted(model.name for model in client.search_registered_models()))
             raise UserError(f"{address}: no model of this name; there are {known or 'none'}")
         version = max(versions, key=lambda found: int(found.version))
-    return str(version.run_id), ARTIFACT
+    return str(version.run_id), f"{ARTIFACT}/{STEP}{version.tags.get('step')}"
+
+
+def _newest(client: Any, run_id: str) -> str:
+    """The path of the last model that a run stored."""
+    found = [artifact.path for artifact in client.list_artifacts(run_id, ARTIFACT)]
+    steps = {path: path.rpartition(STEP)[2] for path in found}
+    numbered = [path for path, step in steps.items() if step.isdigit()]
+    return max(numbered, key=lambda path: int(steps[path]), default=ARTIFACT)
 
 
 def _local(place: str) -> Path | None:

@@ -52,7 +52,7 @@ def plan(tmp_path, prepared_data):
         base={
             "output": str(tmp_path / "runs"),
             "data": {"path": str(prepared_data), "verify": "size"},
-            "model": {"context_length": 32},
+            "model": {"context_length": 32, "width_transfer": 16},
             "train": {
                 "steps": 1000,
                 "batch_size": 8,
@@ -150,7 +150,7 @@ def test_status_of_a_plan_that_was_never_started(plan, tmp_path):
 
 def test_collecting_reads_what_runs_left_without_starting_any(plan, tmp_path, capsys):
     write_plan(plan, tmp_path / "plan.json")
-    for name, step, ended in (("whole", 12, True), ("trunk", 6, False)):
+    for name, step, ended in (("whole", 12, True), ("trunk", 9, True), ("long", 10, False)):
         folder = plan.output / name
         folder.mkdir(parents=True)
         records = [{"step": 3, "firing_rate": 0.25}, {"step": step, "valid_loss": 2.5}]
@@ -158,8 +158,9 @@ def test_collecting_reads_what_runs_left_without_starting_any(plan, tmp_path, ca
         if ended:
             append_event(folder, "end", step)
     assert main(["scaling", "run", str(tmp_path / "plan.json"), "--collect"]) == 75
-    assert "small: 1 finished, 3 open" in capsys.readouterr().out
-    whole, trunk = sorted(read_points([plan.output / "points.csv"]), key=lambda p: -p.tokens)
+    assert "small: 2 finished, 2 open" in capsys.readouterr().out
+    trunk, unfinished, whole = sorted(read_points([plan.output / "points.csv"]), key=lambda p: p.tokens)
     assert (whole.tokens, whole.loss, whole.firing_rate, whole.final) == (3072, 2.5, 0.25, True)
-    assert (trunk.tokens, trunk.run, trunk.final) == (1536, "trunk", False)
+    assert (trunk.tokens, trunk.run, trunk.final) == (2304, "trunk", False)
+    assert (unfinished.run, unfinished.final) == ("long", False)
     assert whole.flop == 200000 * 3072

@@ -1,6 +1,7 @@
 """Models go into MLflow's registry and come back; runs are listed and compared."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,17 +46,21 @@ def address(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
 
 
-def test_registered_models_come_back_by_run_version_and_name(store, capsys):
-    runs = {run.name: run for run in RunStore(store).runs()}
-    for address, width in (
-        (f"runs:/{runs['first'].id}", 8),
-        ("models:/first/1", 8),
-        ("models:/second", 16),
-        (f"runs:/{runs['second'].id}/model", 16),
-    ):
-        from pathlib import Path
+def test_registered_models_come_back_by_run_version_alias_and_name(store, capsys):
+    from mlflow.tracking import MlflowClient
 
-        assert load_model_folder(find_model_folder(Path(address))).config.width == width
+    MlflowClient(tracking_uri=store).set_registered_model_alias("first", "good", "1")
+    runs = {run.name: run for run in RunStore(store).runs()}
+    for address, width, step in (
+        (f"runs:/{runs['first'].id}", 8, 3),
+        ("models:/first/1", 8, 2),
+        ("models:/first@good", 8, 2),
+        ("models:/first", 8, 3),
+        ("models:/second", 16, 3),
+        (f"runs:/{runs['second'].id}/model/step-3", 16, 3),
+    ):
+        loaded = load_model_folder(find_model_folder(Path(address)))
+        assert (loaded.config.width, loaded.info["step"]) == (width, step)
     assert main(["runs", "list", "--models", "--json"]) == 0
     versions = json.loads(capsys.readouterr().out)
     # One version for each step, however often it was handed over.
