@@ -110,7 +110,7 @@ def options_of(arguments: argparse.Namespace, forms: tuple[str, ...], approaches
 def run(arguments: argparse.Namespace) -> int:
     """Fit, print, and write."""
     from spikescale.files import write_json
-    from spikescale.scaling.fit import as_json
+    from spikescale.scaling.fit import as_json, predictions
     from spikescale.scaling.fit_tables import show_fit
 
     forms = ("chinchilla", "kaplan") if arguments.form == "both" else (arguments.form,)
@@ -128,7 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
             "confidence": options.confidence,
             "resampling": options.resampling,
             "seed": options.seed,
-            "families": {result.family: as_json(result) for result in results},
+            "families": {
+                result.family: {**as_json(result), "predictions": predictions(result, asked)}
+                for result in results
+            },
         }
         try:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)

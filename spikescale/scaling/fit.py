@@ -269,6 +269,17 @@ def as_json(result: FamilyFit) -> dict[str, Any]:
     }
 
 
+def predictions(result: FamilyFit, asked: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    """For JSON: the loss of a single run at each asked (N, D), by form, with its interval."""
+    rows: list[dict[str, Any]] = [{"parameters": size, "tokens": tokens} for size, tokens in asked]
+    if asked:
+        sizes, tokens = np.array(asked, dtype=np.float64).T
+        for name, form in result.forms.items():
+            for row, interval in zip(rows, form.predict(sizes, tokens, noise=True), strict=True):
+                row[name] = interval.as_dict()
+    return rows
+
+
 def _law_json(result: LawResult | None) -> dict[str, Any] | None:
     if result is None:
         return None

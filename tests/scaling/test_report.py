@@ -90,7 +90,11 @@ def test_fit_command_prints_and_writes_the_law_and_its_warnings(points, tmp_path
     assert f"{chinchilla(1e7, 5e7):.4f}".startswith("1.156")
     assert "1.15" in shown.out
     assert "approach 2: the profiles are interpolated" in shown.err
-    law = json.loads((tmp_path / "fit.json").read_text())["families"]["rwkv"]["approach_3"]["chinchilla"]
+    family = json.loads((tmp_path / "fit.json").read_text())["families"]["rwkv"]
+    (prediction,) = family["predictions"]
+    assert (prediction["parameters"], prediction["tokens"]) == (1e7, 5e7)
+    assert prediction["chinchilla"]["value"] == pytest.approx(chinchilla(1e7, 5e7), rel=0.01)
+    law = family["approach_3"]["chinchilla"]
     for symbol, value in CHINCHILLA.items():
         assert law["parameters"][symbol]["value"] == pytest.approx(value, rel=0.05)
     assert max(map(abs, law["leave_largest_out"]["log_errors"])) < 0.01
