@@ -6,6 +6,7 @@ training curve is the lowest of all at its FLOP, of approach 2 the minima of par
 of equal FLOP.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -127,20 +128,28 @@ def envelope(points: Sequence[Point], count: Count, bins: int = BINS) -> list[Op
     return optima
 
 
+def has_curves(points: Sequence[Point]) -> bool:
+    """Whether any run that ended has three points or more."""
+    ended = {point.run for point in points if point.final}
+    lengths = Counter(point.run for point in points if point.run and point.run in ended)
+    return max(lengths.values(), default=0) > 2
+
+
 def _curves(points: Sequence[Point], count: Count) -> list[tuple[float, Array, Array, Array]]:
-    # (size, FLOP, tokens, losses) of each curve of two or more points; runs of one size that have no curves
-    # are one.
-    runs: dict[tuple[str, float], list[Point]] = {}
-    per_run: dict[str, int] = {}
-    for point in points:
-        per_run[point.run] = per_run.get(point.run, 0) + (point.run != "")
-    curved = any(number > 2 for number in per_run.values())
-    for point in points:
-        runs.setdefault((point.run if curved else "", point.size(count)), []).append(point)
+    """(size, FLOP, tokens, losses) of each training curve; where there are none, the ends of a size's runs.
+
+    A run without a final point gives none: a trunk's losses are those of a rate that never decayed.
+    """
+    ended = {point.run for point in points if point.final}
+    used = [point for point in points if point.run in ended]
+    curved = has_curves(points)
+    curves: dict[tuple[str, float], list[Point]] = {}
+    for point in used:
+        if curved or point.final:
+            curves.setdefault((point.run if curved else "", point.size(count)), []).append(point)
     found = []
-    for (_, size), members in runs.items():
-        kept = members if curved else [point for point in members if point.final]
-        ordered = sorted(kept, key=lambda point: point.flop)
+    for (_, size), members in curves.items():
+        ordered = sorted(members, key=lambda point: point.flop)
         if len(ordered) >= 2:
             flop, tokens, losses = np.array([[p.flop, p.tokens, p.loss] for p in ordered]).T
             found.append((size, flop, tokens, losses))

@@ -13,6 +13,7 @@ from spikescale.scaling.approaches import (
     PowerLaws,
     Profile,
     envelope,
+    has_curves,
     inside,
     optima_of,
     power_laws,
@@ -218,8 +219,7 @@ def _law_result(
 
 def _approach1(points: Sequence[Point], options: Options, progress: Callable[[], None]) -> LawResult:
     optima = envelope(points, options.count)
-    curved = len({p.run for p in points if p.run}) < len([p for p in points if p.run])
-    warnings = checks.check_envelope(optima, not curved)
+    warnings = checks.check_envelope(optima, not has_curves(points))
 
     def fit(chosen: Sequence[Point]) -> PowerLaws | None:
         return power_laws(inside(envelope(chosen, options.count)))

@@ -131,7 +131,9 @@ def test_envelope_of_training_curves_finds_the_exponent():
         for n in np.geomspace(1e4, 1e7, 25)
         for d in np.geomspace(1e5, 1e9, 60)
     ]
-    optima = [optimum for optimum in envelope(points, "total") if not optimum.border]
+    # A trunk, whose rate never decayed, is no training curve.
+    trunk = [Point(3e5, d, 0.1, 6 * 3e5 * d, run="trunk", final=False) for d in np.geomspace(1e5, 1e9, 60)]
+    optima = [optimum for optimum in envelope([*points, *trunk], "total") if not optimum.border]
     assert len(optima) > 50
     truth = CHINCHILLA["beta"] / (CHINCHILLA["alpha"] + CHINCHILLA["beta"])
     assert power_laws(optima).a == pytest.approx(truth, abs=0.03)
