@@ -1,5 +1,6 @@
 """SpikeGPT as transformers' classes: the same logits, the state as cache, padding that leaves no trace."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -222,8 +223,8 @@ def test_losses_are_those_of_the_labels():
         assert classifier.backbone.spikegpt.embedding.weight.grad.abs().sum() > 0
 
 
-def export(tmp_path: Path, tokenizer: str = "byte", characters: str = "", *options: str) -> Path:
-    made = make_tokenizer(tokenizer, characters)
+def export(tmp_path: Path, *options: str) -> Path:
+    made = make_tokenizer("byte")
     model = random_model(tiny("spikegpt", vocab_size=256))
     info = {"step": 1200, "valid_loss": 1.234567, "note": "a|<b>"}
     save_model_folder(tmp_path / "m", dict(model.named_parameters()), model.config, made, info)
@@ -274,7 +275,7 @@ def test_the_model_card_says_what_the_run_says(tmp_path):
 
 
 def test_shards_and_half_precision_are_loaded_in_float32(tmp_path):
-    folder = export(tmp_path, "byte", "", "--dtype", "bfloat16", "--max-shard-size", "20KB")
+    folder = export(tmp_path, "--dtype", "bfloat16", "--max-shard-size", "20KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert {t.dtype for shard in shards for t in load_file(shard).values()} == {torch.bfloat16}
@@ -283,22 +284,33 @@ def test_shards_and_half_precision_are_loaded_in_float32(tmp_path):
     assert torch.equal(model.lm_head.weight, weights["head.weight"].bfloat16().float())
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "char"])
-def test_transformers_tokenizers_give_our_ids(tmp_path, tokenizer):
-    text = "Hello  world\n\n x\r\nna\u00efve <|endoftext|> \u4f60\u597d \U0001f469\u200d\U0001f52c\u00ff<unk>"
-    folder = export(tmp_path, tokenizer, "Helo wrd\n<|endoftx>unk")
-    ours = load_model_folder(tmp_path / "m").tokenizer
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for piece in (text, "", " ", "\n"):
+ODD = "Hello  world\n\n x\r\nna\u00efve <|endoftext|> \u4f60\u597d \U0001f469\u200d\u00ff<unk></s><0x41>"
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece:400"])
+def test_transformers_tokenizers_give_our_ids(tmp_path, kind):
+    drawn = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "il", "on", "ur", "ick")]
+    texts = [
+        " ".join("".join(drawn.choices(syllables, k=drawn.randint(1, 4))) for _ in range(12))
+        for _ in range(150)
+    ]
+    ours = make_tokenizer(kind, "Helo wrd\n<|endoftx>unk", texts=[*texts, "Hello  world\n"])
+    model = random_model(tiny(vocab_size=max(256, ours.vocab_size), layers=1))
+    save_model_folder(tmp_path / "m", dict(model.named_parameters()), model.config, ours, {})
+    assert main(["export", str(tmp_path / "m"), str(tmp_path / "hf"), "--format", "hf"]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for piece in (ODD, "", " ", "\n", *texts, " ".join(texts)):
         assert theirs(piece)["input_ids"] == ours.encode(piece)
     plain = "Hello  world\n"
     assert theirs.decode(ours.encode(plain)) == plain
     assert theirs.eos_token_id == theirs.pad_token_id == ours.eos_id and theirs.padding_side == "left"
 
 
-def test_a_tokenizer_that_transformers_has_not_is_kept_beside(tmp_path):
-    texts = ["one sentence of text", "and another one"] * 200
-    made = make_tokenizer("syllable:20", set("".join(texts)), syllables={"one": 3, "text": 2})
+@pytest.mark.parametrize("spec", ["syllable:20", "sentencepiece:300:bpe"])
+def test_a_tokenizer_that_transformers_has_not_is_kept_beside(tmp_path, spec):
+    texts = ["one sentence of text", "and another one, which is longer and different"] * 200
+    made = make_tokenizer(spec, set("".join(texts)), texts=texts, syllables={"one": 3, "text": 2})
     model = random_model(tiny(vocab_size=made.vocab_size))
     save_model_folder(tmp_path / "m", dict(model.named_parameters()), model.config, made, {})
     assert main(["export", str(tmp_path / "m"), str(tmp_path / "hf"), "--format", "hf"]) == 0
