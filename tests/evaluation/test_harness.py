@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,15 @@ def test_examples_in_front_and_limits_reach_the_task(loaded, tasks, capsys):
     assert (found["fewshot"], found["items"]) == ({"my_choice": 2}, {"my_choice": 3})
 
 
-@pytest.mark.slow
-def test_an_unknown_task_is_refused_with_what_is_near(loaded, tasks):
-    from spikescale.evaluation.harness import evaluate_tasks
+def test_an_unknown_task_is_refused_with_what_is_near(loaded, tasks, monkeypatch):
+    from spikescale.evaluation import harness
 
+    # Without the harness's own ten thousand tasks, which take seconds to list.
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
     with pytest.raises(UserError, match=r"--tasks my_choise: .* did you mean my_choice"):
-        evaluate_tasks(loaded, ["my_choise"], include_path=tasks)
+        harness.evaluate_tasks(loaded, ["my_choise"], include_path=tasks)
+    with pytest.raises(UserError, match=r"--include-path .*: no such folder"):
+        harness.evaluate_tasks(loaded, ["my_choice"], include_path=tasks / "none")
 
 
 def test_requests_by_hand(loaded):
