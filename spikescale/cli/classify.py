@@ -29,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument(
-        "--model", type=Path, action="append", default=[], help="a pretrained run or model folder; repeatable"
+        "--model", type=Path, action="append", help="a pretrained run or model folder; repeatable"
     )
     parser.add_argument(
         "--new",
         action="append",
-        default=[],
         choices=get_args(Variant),
         help="a new model of this variant; repeatable (default without --model: spikegpt)",
     )
@@ -77,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "balanced"),
         default="none",
         help="balanced: rare classes weigh more in the loss",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     )
     parser.add_argument(
         "--save", type=Path, help="folder to make: the first spiking contender of seed 0, for transformers"
@@ -139,6 +141,7 @@ def _contenders(arguments: argparse.Namespace) -> list["Contender"]:
     from spikescale.config import load_model_preset
     from spikescale.finetune import contenders as kinds
     from spikescale.finetune.classify import ClassifySettings
+    from spikescale.inference.device import choose_device
 
     wanted = [] if arguments.baselines in ("", "none") else arguments.baselines.split(",")
     for name in wanted:
@@ -152,6 +155,7 @@ def _contenders(arguments: argparse.Namespace) -> list["Contender"]:
         lr=arguments.lr,
         head_lr=arguments.lr,
         class_weights=arguments.class_weights,
+        device=str(choose_device(arguments.device)),
     )
     changes = {
         key: value for key in ("layers", "width", "dropout") if (value := getattr(arguments, key)) is not None
@@ -161,7 +165,7 @@ def _contenders(arguments: argparse.Namespace) -> list["Contender"]:
     variants = arguments.new or ([] if arguments.model else ["spikegpt"])
     made: list[Contender] = []
     tuned = ClassifySettings(**{**new.as_dict(), "lr": arguments.finetune_lr})
-    made += [kinds.pretrained(path, tuned) for path in arguments.model]
+    made += [kinds.pretrained(path, tuned) for path in arguments.model or []]
     tokenizer = _tokenizer(arguments.tokenizer)
 
     def scratch(variant: str) -> "Contender":

@@ -29,6 +29,7 @@ class ClassifySettings:
         lr: of the pretrained or new body; head_lr: of the classification head. Both rise over the first
             `warmup` of all steps that `epochs` would take and fall linearly to a tenth.
         class_weights: "balanced" weighs classes in the loss by the inverse of their frequency.
+        device: where the network is trained.
     """
 
     epochs: int = 12
@@ -41,6 +42,7 @@ class ClassifySettings:
     warmup: float = 0.05
     clip: float = 1.0
     class_weights: Literal["none", "balanced"] = "none"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for key in ("epochs", "patience", "batch_size", "max_tokens", "lr", "head_lr", "clip"):
@@ -79,7 +81,7 @@ def train_classifier(
     seed: int,
     progress: Callable[[int, int, int, float], None] = lambda epoch, done, total, accuracy: None,
 ) -> Trained:
-    """Train `model` and leave it with the weights of its best epoch.
+    """Train `model` on the settings' device and leave it there with the weights of its best epoch.
 
     The order of the texts is by `seed`; dropout by torch's own. `progress` is called with the epoch (from 1
     on), batches done and in all, and the best validation accuracy so far. Raises UserError for a loss that is
@@ -90,7 +92,8 @@ def train_classifier(
     test = _encoded(task.test, encode, settings.max_tokens)
     weights = None
     if settings.class_weights == "balanced":
-        weights = class_weights(task.train.labels, len(task.classes))
+        weights = class_weights(task.train.labels, len(task.classes)).to(settings.device)
+    model.to(settings.device)
     optimizer = _optimizer(model, settings)
     batches = math.ceil(len(train) / settings.batch_size)
     steps = batches * settings.epochs
@@ -105,7 +108,7 @@ def train_classifier(
         model.train()
         total = 0.0
         for done, rows in enumerate(_shuffled(train, settings.batch_size, order)):
-            ids, mask, labels = _batch(rows)
+            ids, mask, labels = _batch(rows, settings.device)
             loss = F.cross_entropy(model(ids, mask), labels, weights)
             if not bool(loss.isfinite()):
                 raise UserError(f"epoch {epoch + 1}: the loss is {loss.item()}; lower --lr")
@@ -134,10 +137,11 @@ Row = tuple[list[int], int]
 def score(model: nn.Module, rows: Sequence[Row], classes: int, batch_size: int) -> Scores:
     """Scores of a model over encoded rows."""
     model.eval()
+    device = next(model.parameters()).device
     predicted, actual, loss = [], [], 0.0
     ordered = sorted(rows, key=lambda row: len(row[0]))
     for begin in range(0, len(ordered), batch_size):
-        ids, mask, labels = _batch(ordered[begin : begin + batch_size])
+        ids, mask, labels = _batch(ordered[begin : begin + batch_size], device)
         logits = model(ids, mask)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         predicted += logits.argmax(1).tolist()
@@ -172,7 +176,7 @@ def _encoded(examples: Examples, encode: Encoder, most: int) -> list[Row]:
     return [(ids[:most], label) for ids, label in rows]
 
 
-def _batch(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(rows: Sequence[Row], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (B, T), padded with 0 on the right, mask (B, T), labels (B,)."""
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -180,7 +184,8 @@ def _batch(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     for index, (row, _) in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
-    return ids, mask, torch.tensor([label for _, label in rows])
+    labels = torch.tensor([label for _, label in rows])
+    return ids.to(device), mask.to(device), labels.to(device)
 
 
 def _shuffled(rows: list[Row], size: int, generator: torch.Generator) -> Iterator[list[Row]]:

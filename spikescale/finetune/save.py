@@ -33,6 +33,7 @@ def save_classifier(result: Result, task: Labelled, folder: Path) -> None:
         eos_token_id=eos,
         dtype="float32",
     )
+    classifier.cpu()
     model = SpikeGPTForSequenceClassification(config)
     model.backbone.spikegpt.load_state_dict(classifier.spikegpt.state_dict())
     model.classifier.load_state_dict(classifier.classifier.state_dict())
