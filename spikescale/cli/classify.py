@@ -191,8 +191,13 @@ def _tokenizer(spec: str) -> "Callable[[Sequence[str]], Tokenizer]":
 
     parsed = parse_spec(spec)
 
+    made: dict[tuple[str, ...], Tokenizer] = {}  # of the training texts, which are the same for all seeds
+
     def make(texts: Sequence[str]) -> "Tokenizer":
-        return make_tokenizer(parsed, characters=set().union(*texts), texts=texts)
+        key = tuple(texts)
+        if key not in made:
+            made[key] = make_tokenizer(parsed, characters=set().union(*texts), texts=texts)
+        return made[key]
 
     if parsed.kind == "syllable":
         raise UserError(f"--tokenizer {spec}: not for classification; take byte, char or sentencepiece:SIZE")
