@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 Array = NDArray[np.float64]
 
 EXPONENTS = np.geomspace(0.03, 1.6, 9)  # grid of starts, for either exponent
-TINY = 1e-12
+LEAST = 1e-2  # a coefficient of a start, which L-BFGS could not raise from 0, where its derivative is 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chinchilla:
             for beta in EXPONENTS:
                 columns = np.stack([np.ones_like(n), np.exp(-alpha * n), np.exp(-beta * d)], axis=1)
                 found, _ = nnls(columns / loss[:, None], np.ones_like(loss))
-                yield np.array([*np.log(np.maximum(found, TINY)), alpha, beta])
+                yield np.array([*np.log(np.maximum(found, LEAST)), alpha, beta])
 
     def natural(self, theta: Array, centre: Centre) -> dict[str, float]:
         """E, A, B, alpha, beta, for N and D as they are."""
@@ -134,7 +134,7 @@ class Kaplan:
                 if not np.isfinite(scale).all() or (scale <= 0).any():
                     continue
                 found, _ = nnls(columns / scale, np.ones_like(loss))
-                size, tokens = np.log(np.maximum(found, TINY)) - np.log(scale)
+                size, tokens = np.log(np.maximum(found, LEAST)) - np.log(scale)
                 yield np.array([size / ratio, tokens, alpha_n, alpha_d])
 
     def natural(self, theta: Array, centre: Centre) -> dict[str, float]:

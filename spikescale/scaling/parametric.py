@@ -2,8 +2,8 @@
 
 Hoffmann et al. 2022, Appendix D.3: the Huber loss (delta 1e-3) of log L, minimised by L-BFGS from a grid of
 starts. Two things are added, because the problem is badly conditioned: the starts come from variable
-projection (forms.py), and delta falls to its value in steps, since at 1e-3 nearly every residual lies on the
-linear part and the objective has kinks that stop the minimiser.
+projection (forms.py), and delta falls to its value in steps: at 1e-3 most residuals lie on the linear part,
+and the kinks between its pieces can stop the minimiser.
 """
 
 from collections.abc import Sequence
