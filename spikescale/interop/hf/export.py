@@ -66,7 +66,7 @@ def model_card(loaded: LoadedModel, has_tokenizer: bool = True) -> str:
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        f"tags: [spikegpt, {config.variant}, spiking-neural-network]",
+        f"tags: [{', '.join(dict.fromkeys(['spikegpt', config.variant]))}]",
         "---",
         "",
         f"# {config.variant}, {count:,} parameters",
