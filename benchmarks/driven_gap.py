@@ -37,13 +37,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "driven_gap.json"
 ENERGY_TOKENS = 16_384  # of the test split, over which operations are counted
 # The budget of configs/run/ablation.yaml, which compares the variants.
 BUDGET = {
-    "train.steps": 160,
-    "train.batch_size": 16,
+    "train.steps": 250,
+    "train.batch_size": 8,
     "train.optimizer": "adamw",
     "train.weight_decay": 0.1,
     "train.lr": 2e-3,
     "train.min_lr": 1e-4,
-    "train.warmup_steps": 20,
+    "train.warmup_steps": 25,
     "train.schedule": "wsd",
     "train.decay_fraction": 0.3,
     "train.precision": "auto",
@@ -260,7 +260,7 @@ def draw(attempts: dict[str, Any], path: Path) -> None:
 
 def run_name(name: str, seed: int) -> str:
     """The name of an attempt's run."""
-    return f"{name.replace(', ', '+').replace(' ', '-')}-s{seed}"
+    return f"{name.replace(', ', '_').replace(' ', '-')}-s{seed}"
 
 
 @contextlib.contextmanager

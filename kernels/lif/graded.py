@@ -7,10 +7,13 @@
 
 With L = 1 and no sign this is `lif`. A neuromorphic chip carries s as the payload of a spike (Orchard et al.
 2021; named in SpikeGPT Sec. 3.7); signed spikes with L = 1 are SpikeLM's (Xing et al. 2024) without its
-amplitude. Every step's derivative is the ATan surrogate at its own threshold. There is no kernel of its own:
-what depends on the token before is a short loop of torch operators, all else is done for all tokens at once.
+amplitude. Every step's derivative is the ATan surrogate at its own threshold. On CPUs in float32 it is C++
+(`graded.cpp`); elsewhere what depends on the token before is a loop of torch's operators, and all else is
+done for all tokens at once.
 """
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.surrogate import atan_derivative, heaviside
+
+logger = logging.getLogger("spikescale.kernels")
 
 
 def graded_lif(
@@ -51,7 +56,7 @@ def graded_lif(
     taus, thresholds = (torch.as_tensor(p, dtype=dtype, device=x.device) for p in (tau, v_threshold))
     if reference:
         return _definition(x, v, reset, taus, thresholds, *options)
-    spikes, v = _composed(x.to(dtype), v, reset, taus, thresholds, options)
+    spikes, v = _fast(x.to(dtype), v, reset, taus, thresholds, options)
     return spikes.to(x.dtype), v
 
 
@@ -98,7 +103,7 @@ def _definition(
     return torch.stack(spikes, dim=1).to(out_dtype), v
 
 
-class _GradedLIF(torch.autograd.Function):
+class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -115,12 +120,12 @@ class _GradedLIF(torch.autograd.Function):
         for t, current in enumerate(x.unbind(1)):
             if reset is not None:
                 v = v.masked_fill(reset[:, t, None], 0.0)
-            h = v + (current - (v - v_reset if v_reset else v)) / tau
+            h = v + (current - (v - v_reset)) / tau
             membranes.append(h)
             if soft_reset:
                 v = h - _steps(h, threshold, levels, signed, alpha, strict=True) * threshold
             else:
-                v = torch.where((h.abs() if signed else h) >= threshold, v_reset, h)
+                v = torch.where((h.abs() if signed else h) - threshold >= 0, v_reset, h)
         h = torch.stack(membranes, dim=1)
         ctx.save_for_backward(x, v0, reset, tau, threshold, h)
         return _steps(h, threshold, levels, signed, alpha, strict=soft_reset), v
@@ -160,7 +165,7 @@ class _GradedLIF(torch.autograd.Function):
         at_h, at_v, gradient = [], [], grad_v
         for t in range(x.shape[1] - 1, -1, -1):
             at_v.append(gradient)
-            at_h.append(torch.addcmul(from_spikes[:, t], gradient, carried[:, t]))
+            at_h.append(from_spikes[:, t] + gradient * carried[:, t])
             gradient = at_h[-1] * leak
             if reset is not None:
                 gradient = gradient.masked_fill(reset[:, t, None], 0.0)
@@ -185,5 +190,24 @@ def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 @not_compiled  # a loop over tokens is not worth unrolling into a graph
-def _composed(*arguments: Any) -> Any:
-    return _GradedLIF.apply(*arguments)
+def _fast(
+    x: Tensor, v: Tensor, reset: Tensor | None, tau: Tensor, threshold: Tensor, options: tuple[Any, ...]
+) -> Any:
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        from spikescale.kernels.lif.graded_cpu import CompiledGradedLIF, library
+
+        if library() is not None:
+            each = (parameter.expand(x.shape[-1]) for parameter in (tau, threshold))
+            return CompiledGradedLIF.apply(x, v, reset, *each, options)
+    else:
+        _say_slow(x.device.type, x.dtype)
+    return _Composed.apply(x, v, reset, tau, threshold, options)
+
+
+@functools.cache
+def _say_slow(device: str, dtype: torch.dtype) -> None:
+    logger.warning(
+        "graded spikes: no kernel for %s tensors on %s, a slow loop of torch's operators runs",
+        str(dtype).removeprefix("torch."),
+        device,
+    )

@@ -16,7 +16,7 @@ def plot_energy(models: Mapping[str, Sequence[Part]], prices: Prices, path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     name, parts = next(iter(models.items()))
@@ -29,7 +29,7 @@ def plot_energy(models: Mapping[str, Sequence[Part]], prices: Prices, path: Path
             floor = [a + b for a, b in zip(floor, values, strict=True)]
     left.set(title=f"{name}: energy by layer", ylabel="microjoules a token")
     left.tick_params(axis="x", rotation=45)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     places = range(len(models))
     twins = [twin_total(parts, prices) / 1e6 for parts in models.values()]
     right.bar([p - 0.2 for p in places], twins, 0.4, color="0.75", label="float twin")
@@ -45,7 +45,7 @@ def plot_energy(models: Mapping[str, Sequence[Part]], prices: Prices, path: Path
         right.annotate(f"{twin / here:.2f}x", (place + 0.2, here), ha="center", va="bottom", fontsize=8)
     right.set(title="whole model, head included, beside its float twin", ylabel="microjoules a token")
     right.set_xticks(list(places), list(models), rotation=30, ha="right")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"energies of {prices.name} ({prices.source}); arithmetic only, no memory")
     with written_aside(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

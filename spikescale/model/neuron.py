@@ -4,8 +4,6 @@ All three are called as `spikes, v = neuron(x, v, reset)` with x (B, T, C), and 
 whether `v` (B, C) is a membrane to be kept between calls (None otherwise).
 """
 
-import functools
-import logging
 from typing import Any
 
 import torch
@@ -16,8 +14,6 @@ from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.surrogate import heaviside
 
 CURRENT_EPS = 1e-6  # added to the mean square of currents that are normalised
-
-logger = logging.getLogger("spikescale.model")
 
 
 class Neuron(nn.Module):
@@ -55,7 +51,8 @@ class LIF(Neuron):
     Args:
         config: what kind; the options beyond SpikeGPT's are described there.
         width: number of channels (here, where a model is divided).
-        backend: of the operator; graded spikes are composed of torch's operators on all of them.
+        backend: of the operator; of graded spikes "reference" is the definition, all others what is fastest
+        here.
 
     With `learn_tau` the parameter `tau_logit` (C,) gives tau = 1 + exp(-tau_logit), and with
     `learn_threshold` the parameter `log_threshold` (C,) gives v_threshold = exp(log_threshold).
@@ -72,8 +69,6 @@ class LIF(Neuron):
             self.tau_logit = nn.Parameter(torch.empty(width))
         if config.learn_threshold:
             self.log_threshold = nn.Parameter(torch.empty(width))
-        if not self.binary:
-            _say_composed()
 
     def constants(self) -> tuple[float | Tensor, float | Tensor]:
         """(tau, v_threshold): numbers, or what has been learnt, (C,)."""
@@ -137,11 +132,6 @@ class LIF(Neuron):
         changed = self.config.model_dump(exclude_defaults=True)
         shown = {"tau": self.config.tau, "v_threshold": self.config.v_threshold, **changed}
         return ", ".join(f"{key}={value}" for key, value in shown.items())
-
-
-@functools.cache
-def _say_composed() -> None:
-    logger.info("graded spikes: no kernel has them, they are composed of torch's operators")
 
 
 class Heaviside(Neuron):

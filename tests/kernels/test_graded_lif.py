@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from spikescale.kernels.lif import graded_lif, lif
+from spikescale.kernels.lif.graded import _say_slow
+from spikescale.kernels.lif.graded_cpu import library
 
-KINDS = [(1, False), (3, False), (1, True), (3, True)]
+KINDS = [(1, False), (3, False), (1, True), (3, True), (7, True)]
 MODES = [(False, False), (True, False), (False, True), (True, True)]  # soft_reset, detach_reset
 
 
@@ -78,6 +80,32 @@ def test_composed_gradients_are_those_of_the_definition(levels, signed, soft, de
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize(("levels", "signed"), KINDS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(2, 30, 7), (1, 1, 1), (3, 63, 33), (1, 100, 100)])
+@pytest.mark.parametrize("detach", [False, True])
+def test_compiled_neurons_fire_bit_for_bit_like_the_definition(levels, signed, soft, shape, detach):
+    assert library() is not None
+    results = []
+    for reference in (True, False):
+        generator = torch.Generator().manual_seed(4)
+        x = (2 * torch.randn(*shape, generator=generator)).transpose(0, 1).contiguous().transpose(0, 1)
+        x, v = x.requires_grad_(), torch.randn(shape[0], shape[2], generator=generator).requires_grad_()
+        reset = torch.rand(shape[:2], generator=generator) < 0.1
+        tau = (1.1 + torch.rand(shape[2], generator=generator)).requires_grad_()
+        threshold = (0.2 + torch.rand(shape[2], generator=generator)).requires_grad_()
+        options = {"tau": tau, "v_threshold": threshold, "v_reset": -0.1, "soft_reset": soft, "reset": reset}
+        options["detach_reset"] = detach
+        spikes, end = graded_lif(x, v, levels=levels, signed=signed, reference=reference, **options)
+        weights = torch.randn(shape, generator=generator)
+        (spikes * weights).sum().add((end * weights[:, 0]).sum()).backward()
+        results.append([spikes.detach(), end.detach(), x.grad, v.grad, tau.grad, threshold.grad])
+    for wanted, actual in zip(results[0][:2], results[1][:2], strict=True):
+        assert torch.equal(actual, wanted)
+    for wanted, actual in zip(results[0][2:], results[1][2:], strict=True):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm().clamp_min(1e-6)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_one_level_without_a_sign_is_the_ordinary_neuron(soft):
     (x, v, _, _), reset = case(torch.float32)
@@ -106,3 +134,11 @@ def test_a_membrane_that_is_no_number_gives_a_spike_that_is_none():
 def test_fewer_levels_than_one_are_refused():
     with pytest.raises(ValueError, match="levels >= 1"):
         graded_lif(torch.ones(1, 1, 1), levels=0)
+
+
+def test_where_no_kernel_serves_it_is_said_once(caplog):
+    _say_slow.cache_clear()
+    for _ in range(2):
+        graded_lif(torch.ones(1, 2, 3, dtype=torch.float64), levels=3)
+    (record,) = caplog.records
+    assert "float64 tensors on cpu" in record.getMessage()
