@@ -248,12 +248,17 @@ def draw(attempts: dict[str, Any], path: Path) -> None:
         panel.annotate(
             name, (energy, statistics.mean(bits)), xytext=(6, 2), textcoords="offset points", fontsize=8
         )
+    energies = [statistics.mean(means(found, "microjoules")) for found in attempts.values()]
+    ticks = [value for value in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10) if value < 2 * max(energies)]
     panel.set(
         xscale="log",
+        xlim=(0.8 * min(energies), 1.8 * max(energies)),  # room for the names
         xlabel="microjoules a token (45 nm, float32, arithmetic only, head included)",
         ylabel="test bits a byte",
         title="what spikes in front of every projection cost, and what they save",
     )
+    panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    panel.minorticks_off()
     panel.grid(alpha=0.3)
     with written_aside(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
