@@ -160,10 +160,10 @@ def _language_model(arguments: argparse.Namespace, loaded: "LoadedModel", autoca
     where: dict[str, Any]
     if arguments.data is not None:
         manifest = load_manifest(arguments.data)
-        text = split_text(manifest, arguments.split, tokenizer, rewrite)
+        text = split_text(manifest, arguments.split, tokenizer, rewrite, arguments.limit)
         where = {"data": str(arguments.data), "split": arguments.split}
     else:
-        text = file_text(arguments.text, tokenizer, rewrite)
+        text = file_text(arguments.text, tokenizer, rewrite, arguments.limit)
         where = {"text": " ".join(map(str, arguments.text))}
     tokens = text.tokens
     count = len(tokens) if arguments.limit is None else min(arguments.limit, len(tokens))

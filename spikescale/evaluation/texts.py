@@ -32,16 +32,22 @@ class EvaluatedText:
     documents: int
     bytes: int
     characters: int
-    words: int
-    line_ends: int
+    words: float
+    line_ends: float
 
 
 def split_text(
-    manifest: "Manifest", split: str, tokenizer: "Tokenizer", rewrite: Rewrite | None = None
+    manifest: "Manifest",
+    split: str,
+    tokenizer: "Tokenizer",
+    rewrite: Rewrite | None = None,
+    limit: int | None = None,
 ) -> EvaluatedText:
     """A split of prepared data; `rewrite`: decoded, changed and encoded again.
 
-    Its words are counted in what its tokens decode to. Raises UserError for data that another tokenizer made.
+    Its words are counted in what its tokens decode to. With `limit` only documents that begin before this
+    token are decoded: words and line ends of the whole are estimated by theirs, a rewritten text ends there.
+    Raises UserError for data that another tokenizer made.
     """
     from spikescale.data_pipeline.stream import iterate_documents, split_tokens
 
@@ -51,20 +57,32 @@ def split_text(
             f"{manifest.folder}: was prepared with another tokenizer ({manifest.tokenizer.sha256[:12]}) "
             f"than the model's ({tokenizer.sha256[:12]})"
         )
-    texts = (tokenizer.decode(ids.tolist()) for ids in iterate_documents(manifest, split))
+    documents = iterate_documents(manifest, split)
     if rewrite is not None:
-        return encoded_text(texts, tokenizer, rewrite)
-    words, line_ends = 0, 0
-    for text in texts:
+        return encoded_text((tokenizer.decode(ids.tolist()) for ids in documents), tokenizer, rewrite, limit)
+    words = line_ends = seen = 0
+    for ids in documents:
+        text = tokenizer.decode(ids.tolist())
         words += len(text.split())
         line_ends += text.count("\n")
+        seen += len(ids)
+        if limit is not None and seen >= limit:
+            break
+    share = seen / totals.tokens if seen else 1
     tokens = split_tokens(manifest, split)
-    return EvaluatedText(tokens, totals.documents, totals.bytes, totals.characters, words, line_ends)
+    return EvaluatedText(
+        tokens, totals.documents, totals.bytes, totals.characters, words / share, line_ends / share
+    )
 
 
-def file_text(paths: Sequence[Path], tokenizer: "Tokenizer", rewrite: Rewrite | None = None) -> EvaluatedText:
+def file_text(
+    paths: Sequence[Path],
+    tokenizer: "Tokenizer",
+    rewrite: Rewrite | None = None,
+    limit: int | None = None,
+) -> EvaluatedText:
     """Text files, each a document, or the records of .jsonl and .parquet files. Raises UserError."""
-    return encoded_text(file_documents(paths), tokenizer, rewrite)
+    return encoded_text(file_documents(paths), tokenizer, rewrite, limit)
 
 
 def file_documents(paths: Sequence[Path]) -> Iterator[str]:
@@ -81,11 +99,17 @@ def file_documents(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def encoded_text(
-    texts: Iterable[str], tokenizer: "Tokenizer", rewrite: Rewrite | None = None
+    texts: Iterable[str],
+    tokenizer: "Tokenizer",
+    rewrite: Rewrite | None = None,
+    limit: int | None = None,
 ) -> EvaluatedText:
-    """Documents in memory. Raises UserError for text that cannot be encoded."""
+    """Documents in memory, up to the one that holds token number `limit`.
+
+    Raises UserError for text that cannot be encoded.
+    """
     parts: list[np.ndarray] = []
-    size = characters = words = line_ends = 0
+    size = characters = words = line_ends = count = 0
     for text in texts:
         words += len(text.split())
         line_ends += text.count("\n")
@@ -97,5 +121,8 @@ def encoded_text(
         characters += len(read)
         (ids,) = tokenizer.encode_arrays([read])
         parts += [np.asarray(ids, np.int64), np.array([tokenizer.eos_id], np.int64)]
+        count += len(ids) + 1
+        if limit is not None and count >= limit:
+            break
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
     return EvaluatedText(tokens, len(parts) // 2, size, characters, words, line_ends)

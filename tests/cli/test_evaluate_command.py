@@ -170,6 +170,17 @@ def test_a_text_as_it_is_costs_what_the_prepared_one_costs(model, data, tmp_path
         assert raw[key] == pytest.approx(prepared[key], rel=1e-12), key
 
 
+def test_with_a_limit_only_what_it_needs_is_decoded(model, data, capsys):
+    documents = [document.decode() for document in decoded(data, "test")]
+    first = len(documents[0]) - 3  # bytes are at least as many
+    shown = evaluated(capsys, model, "--data", data, "--limit", first)
+    size = len(documents[0].encode()) + 1
+    assert shown["words"] == pytest.approx(len(documents[0].split()) * first / size)
+    assert shown["tokens"] == first
+    rewritten = evaluated(capsys, model, "--data", data, "--limit", first, "--detokenize", "wikitext")
+    assert rewritten["bytes"] == pytest.approx(len(documents[0].encode()) * first / size, rel=0.05)
+
+
 def test_wikitext_is_read_as_written_and_counted_as_published(model, tmp_path, capsys):
     published, written = " The cost was 1 @,@ 000 . \n", "The cost was 1,000.\n"
     (tmp_path / "published.txt").write_text(published)
