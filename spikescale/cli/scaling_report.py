@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budgets", default="1e18,1e20", metavar="FLOP", help="of the forecasts")
     parser.add_argument(
-        "--vocab", type=int, default=257, metavar="V", help="symbols (default: the plan's, or 257)"
+        "--vocab", type=int, default=256, metavar="V", help="symbols (default: the plan's, or 256)"
     )
     parser.add_argument("--no-energy", action="store_true", help="count no operations")
     parser.add_argument(

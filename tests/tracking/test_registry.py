@@ -11,6 +11,8 @@ from spikescale.data_pipeline.tokenizers import make_tokenizer, parse_spec
 from spikescale.errors import UserError
 from spikescale.model import SpikeGPT
 from spikescale.model.store import find_model_folder, load_model_folder, save_model_folder
+from spikescale.scaling.mlflow_points import read_mlflow
+from spikescale.scaling.points import final_points
 from spikescale.tracking.mlflow_run import MlflowRun
 from spikescale.tracking.run_table import RunStore, differing, sparkline
 
@@ -25,11 +27,12 @@ def store(tmp_path_factory):
         config = ModelConfig(layers=1, width=width, vocab_size=tokenizer.vocab_size, context_length=8)
         model = SpikeGPT(config, seed=width)
         run = MlflowRun(uri, "tests", name, artifacts=folder / "artifacts")
-        run.log_parameters(
-            {"model.width": width, "train.batch_size": 2, "model.context_length": 8, "name": name}
-        )
+        settings = {"model.width": width, "model.layers": 1, "model.vocab_size": config.vocab_size}
+        settings |= {"model.variant": config.variant, "model.context_length": 8, "train.batch_size": 2}
+        run.log_parameters({**settings, "train.lr": 0.01, "name": name})
         for step in (1, 2, 3):
-            run.log_metrics({"loss/train": 5.0 / step, "loss/valid": width / step}, step)
+            losses = {"loss/train": 5.0 / step, "loss/valid": width / step}
+            run.log_metrics({**losses, "neurons/mean_firing_rate": 0.1 * step}, step)
         for step in (2, 3) if name == "first" else (3, 3):
             model_folder = folder / f"{name}-{step}"
             if not model_folder.exists():
@@ -130,6 +133,22 @@ def test_compared_runs_show_what_differs_and_their_curves(store, tmp_path, capsy
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="third: no run of this id or name"):
         runs.named("third")
+
+
+def test_runs_are_points_of_a_scaling_law(store):
+    points = sorted(read_mlflow(store, "tests"), key=lambda point: (point.run, point.tokens))
+    assert [(point.run, point.tokens, point.final) for point in points] == [
+        (name, 16.0 * step, step == 3) for name in ("first", "second") for step in (1, 2, 3)
+    ]
+    model = SpikeGPT(ModelConfig(layers=1, width=16, vocab_size=256))
+    last = final_points(points)[-1]
+    assert last.parameters == model.count_parameters()
+    assert (last.loss, last.firing_rate, last.lr) == (pytest.approx(16 / 3), pytest.approx(0.3), 0.01)
+    assert last.flop == 6 * 48 * (13 * 16 * 16 + 256 * 16)
+    with pytest.raises(UserError, match="there are Default, tests"):
+        read_mlflow(store, "none")
+    with pytest.raises(UserError, match="no finished run"):
+        read_mlflow(store, "Default")
 
 
 def test_sparkline_is_as_high_as_its_values():
