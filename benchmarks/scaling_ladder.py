@@ -35,21 +35,23 @@ SWEEP = {
     "--lrs": "2e-3,4e-3,8e-3,1.6e-2",
     "--warmup-steps": "30",
 }
-# Corpora by tokenizer, share held out for validation, sizes and lengths.
+# Tokenizer, corpora, share held out for validation, sizes, lengths, most FLOP of a run.
 LADDERS = {
     "byte": (
         "byte",
         ("linux-docs", "python-docs", "sotu"),
         "0.006",
         "4x32,4x48,4x64,4x96,4x128,4x192",
-        "0.25M,0.5M,1M",
+        "0.25M,0.5M,1M,2M,4M",
+        "1.2e13",
     ),
     "bpe": (
         "sentencepiece:2048:bpe",
         ("python-docs", "sotu"),
         "0.02",
         "4x32,4x64,4x96,4x128,4x192",
-        "0.25M,0.5M",
+        "0.25M,0.5M,1M,2M",
+        "7e12",
     ),
 }
 LARGEST = "4x192"
@@ -134,8 +136,9 @@ class Ladder:
 
     def climb(self, name: str) -> None:
         """One ladder, to its report. Raises OverError."""
-        *_, sizes, tokens = LADDERS[name]
-        settings = {"--sizes": sizes, "--tokens": tokens, "--lr-rule": self.rule(), "--warmup-steps": "20"}
+        *_, sizes, tokens, most = LADDERS[name]
+        settings = {"--sizes": sizes, "--tokens": tokens, "--max-flop": most}
+        settings |= {"--lr-rule": self.rule(), "--warmup-steps": "20"}
         data = self.data(name)
         plan = self.plan(f"ladder-{name}", data, "branches", {**settings, "--evaluate-tokens": "250000"})
         prediction = self.results / f"scaling-{name}-prediction.json"

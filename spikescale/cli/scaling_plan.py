@@ -1,6 +1,7 @@
 """`spikescale scaling plan`: a grid of runs from a compute budget."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tokens", help="lengths of the runs, such as 1M,2M,4M, in place of a budget")
     what.add_argument(
         "--lengths", type=int, default=4, metavar="N", help="branches: lengths, each twice the last"
+    )
+    what.add_argument(
+        "--max-flop", metavar="FLOP", help="branches: leave lengths out that cost a size more (default: none)"
     )
     what.add_argument("--budgets", help="isoflop: FLOP of the profiles, in place of a budget of all")
     what.add_argument(
@@ -139,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget_seconds=seconds,
         tokens=parse_numbers(arguments.tokens, "--tokens") if arguments.tokens else (),
         budgets=parse_numbers(arguments.budgets, "--budgets") if arguments.budgets else (),
+        max_flop=parse_number(arguments.max_flop, "--max-flop") if arguments.max_flop else math.inf,
         lengths=arguments.lengths,
         profiles=arguments.profiles,
         ratio=arguments.ratio,

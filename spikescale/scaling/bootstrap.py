@@ -39,9 +39,12 @@ class Interval:
         if len(known) == 0:
             return cls(value, float("nan"), float("nan"))
         tail = 50 * (1 - confidence)
+        limits = [tail, 100 - tail]
         # Between a number and infinity there is nothing to interpolate.
-        method = "linear" if np.isfinite(known).all() else "inverted_cdf"
-        low, high = np.percentile(known, [tail, 100 - tail], method=method)
+        if np.isfinite(known).all():
+            low, high = np.percentile(known, limits)
+        else:
+            low, high = np.percentile(known, limits, method="inverted_cdf")
         return cls(value, float(low), float(high))
 
     def as_dict(self) -> dict[str, float | None]:

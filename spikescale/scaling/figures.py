@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from spikescale.scaling.fit import FamilyFit, FormResult
-from spikescale.scaling.forecast import Forecast
+from spikescale.scaling.forecast import PRESETS, Forecast
 from spikescale.scaling.points import final_points
 from spikescale.scaling.tables import compact
 from spikescale.scaling.twin import Worth
@@ -15,6 +15,7 @@ from spikescale.scaling.twin import Worth
 WIDTH = 11.0  # inches
 DPI = 110
 MAIN_FORM = "chinchilla"
+MARKERS = dict(zip(PRESETS, ("s", "D", "^"), strict=True))
 
 
 def main_form(result: FamilyFit) -> FormResult | None:
@@ -213,19 +214,14 @@ def forecasts(found: dict[str, list[Forecast]], results: Sequence[FamilyFit]) ->
                     [each.flop * 1.06**index],
                     [each.loss.value],
                     yerr=[[max(low, 0)], [max(high, 0)]],
-                    fmt="s",
+                    fmt=MARKERS[each.preset],
                     color=f"C{index}",
                     capsize=3,
                     alpha=0.8,
                 )
-                axis.annotate(
-                    each.preset,
-                    (each.flop, each.loss.value),
-                    fontsize=7,
-                    xytext=(6, 0),
-                    textcoords="offset points",
-                )
-        axis.set(xlabel="FLOP", ylabel="loss, nats a token", title="measured (dots) and forecast (squares)")
+        for preset, marker in MARKERS.items():
+            axis.plot([], [], marker, color="grey", label=preset)
+        axis.set(xlabel="FLOP", ylabel="loss, nats a token", title="measured (dots) and forecast")
         axis.legend(fontsize=8)
 
     return _drawn(1, 1, 4.2, draw)

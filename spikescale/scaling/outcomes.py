@@ -1,6 +1,5 @@
 """What the runs of a plan have left behind: which are done, and the points they give."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,22 @@ def points_of(plan: Plan, run: PlannedRun) -> list[Point]:
     return points
 
 
-def points_of_plan(plan: Plan, runs: Sequence[PlannedRun] | None = None) -> list[Point]:
-    """The points of all runs, or of some."""
-    return [point for run in (plan.runs if runs is None else runs) for point in points_of(plan, run)]
+def points_of_plan(plan: Plan) -> list[Point]:
+    """The points of all runs whose loss was measured on as many tokens of the split as any other's.
+
+    A plan that was given more --evaluate-tokens halfway has losses of another text before.
+    """
+    measured = {run.name: _validated(plan, run) for run in plan.runs}
+    most = max((count for counts in measured.values() for count in counts.values()), default=0)
+    return [
+        point
+        for run in plan.runs
+        for point in points_of(plan, run)
+        if measured[run.name].get(round(point.tokens * run.steps / run.tokens), 0) == most
+    ]
+
+
+def _validated(plan: Plan, run: PlannedRun) -> dict[int, int]:
+    """Tokens that the validation after each step read; 0 where a record does not say."""
+    records = records_of(plan.folder(run))
+    return {r["step"]: r.get("valid_tokens", 0) for r in records if r.get("valid_loss") is not None}

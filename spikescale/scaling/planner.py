@@ -49,6 +49,7 @@ class Wish:
     budget_seconds: float | None = None
     tokens: Sequence[float] = ()
     budgets: Sequence[float] = ()
+    max_flop: float = math.inf  # of a branch; longer ones are left out
     lengths: int = 4
     profiles: int = 4
     ratio: float = 20.0
@@ -221,7 +222,9 @@ def _branches(wish: Wish, candidates: Sequence[_Candidate]) -> list[PlannedRun]:
 
 
 def _branches_of(wish: Wish, at: _Candidate, lengths: Sequence[float]) -> list[PlannedRun]:
-    steps = [_steps(wish, tokens) for tokens in lengths]
+    steps = [_steps(wish, tokens) for tokens in lengths if at.size.flop_per_token * tokens <= wish.max_flop]
+    if not steps:
+        raise UserError(f"--max-flop {wish.max_flop:.3g}: leaves no length of {at.shape}")
     for count in steps:
         _require_length(wish, count, f"a branch of {at.shape}")
     if len(set(steps)) < len(steps):

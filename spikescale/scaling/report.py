@@ -221,11 +221,27 @@ def _worths(content: Content) -> dict[str, list[Worth]]:
 
 def _worth_table(found: dict[str, list[Worth]]) -> str:
     rows = [
-        [family, compact(each.size), compact(each.tokens), f"{each.loss:.4f}", between(each.ratio)]
+        [
+            family,
+            compact(each.size),
+            compact(each.tokens),
+            f"{each.loss:.4f}",
+            between(each.ratio),
+            "outside" if each.outside else "",
+        ]
         for family, listed in found.items()
         for each in listed
     ]
-    return pages.table(["family", "N", "D", "loss", "effective parameters over own"], rows)
+    heads = ["family", "N", "D", "loss", "effective parameters over own", "twins trained"]
+    count = sum(each.outside for listed in found.values() for each in listed)
+    note = ""
+    if count:
+        note = (
+            f"<p class=note>Of {len(rows)} models {count} are worth fewer or more parameters than any twin"
+            f" that was"
+            " trained has (outside): their ratios rest on the form of the law beyond its points.</p>"
+        )
+    return pages.table(heads, rows) + note
 
 
 def log_to_mlflow(

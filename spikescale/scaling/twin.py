@@ -21,12 +21,16 @@ GRID = np.geomspace(1e-4, 1e4, 2001)  # of the ratio that is searched
 
 @dataclass(frozen=True)
 class Worth:
-    """One model: its parameters, tokens, and the twin's parameters over its own."""
+    """One model: its parameters, tokens, and the twin's parameters over its own.
+
+    outside: the twin's parameters are fewer or more than any twin's that was trained.
+    """
 
     size: float
     tokens: float
     loss: float
     ratio: Interval
+    outside: bool
 
 
 def effective_ratio(form: FormResult, size: float, tokens: float, loss: float, theta: Array) -> float:
@@ -48,5 +52,6 @@ def worth(points: Sequence[Point], twin: FormResult, count: Count) -> list[Worth
         best = effective_ratio(twin, size, point.tokens, point.loss, twin.fitted.theta)
         drawn = [effective_ratio(twin, size, point.tokens, point.loss, theta) for theta in twin.thetas]
         interval = Interval.of(best, np.array(drawn), twin.confidence)
-        found.append(Worth(size, point.tokens, point.loss, interval))
+        outside = not twin.data.sizes.min() <= best * size <= twin.data.sizes.max()
+        found.append(Worth(size, point.tokens, point.loss, interval, outside))
     return found

@@ -17,7 +17,7 @@ def ladder(monkeypatch):
 
 
 def test_sizes_span_a_factor_of_thirty_and_end_with_the_predicted_one(ladder):
-    for *_, sizes, tokens in ladder.LADDERS.values():
+    for *_, sizes, tokens, _ in ladder.LADDERS.values():
         shapes = parse_shapes(sizes)
         bodies = [Size.of(shape.model(ModelConfig(vocab_size=257))).non_embedding for shape in shapes]
         assert len(shapes) >= 5

@@ -153,7 +153,11 @@ def test_collecting_reads_what_runs_left_without_starting_any(plan, tmp_path, ca
     for name, step, ended in (("whole", 12, True), ("trunk", 9, True), ("long", 10, False)):
         folder = plan.output / name
         folder.mkdir(parents=True)
-        records = [{"step": 3, "firing_rate": 0.25}, {"step": step, "valid_loss": 2.5}]
+        records = [
+            {"step": 2, "valid_loss": 9.0, "valid_tokens": 100},  # of another text: left out
+            {"step": 3, "firing_rate": 0.25},
+            {"step": step, "valid_loss": 2.5, "valid_tokens": 1000},
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if ended:
             append_event(folder, "end", step)

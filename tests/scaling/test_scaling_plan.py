@@ -87,6 +87,13 @@ def test_branches_spend_the_budget_and_share_their_trunk(tmp_path, prepared_data
     assert "passes over the data" in capsys.readouterr().err  # the test's corpus is tiny
 
 
+def test_small_sizes_go_on_where_large_ones_would_cost_too_much(tmp_path, prepared_data):
+    words = ["--sizes", "4x32,4x64", "--tokens", "0.5M,1M,2M", "--max-flop", "1.1e12"]
+    found = plan(tmp_path, prepared_data, *words)
+    lengths = [(run.shape, round(run.tokens / 1e6, 1)) for run in found.runs if run.kind == "branch"]
+    assert lengths == [("4x32", 0.5), ("4x32", 1.0), ("4x32", 2.0), ("4x64", 0.5)]
+
+
 def test_rate_of_trunk_and_branch_is_that_of_one_whole_run(tmp_path, prepared_data):
     found = plan(tmp_path, prepared_data, "--sizes", "4x32", "--tokens", "0.5M,1M")
     configs = {run.name: settings_of(found.base, found.settings(run), run.name) for run in found.runs}
