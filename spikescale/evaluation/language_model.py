@@ -156,7 +156,8 @@ def evaluate_tokens(
     `autocast`: the dtype of torch.autocast, for example bfloat16; the loss itself is computed in float32
     and summed in float64. `carry_state` reads everything in one pass, `context_length` tokens at a
     time, handing the recurrent state on: each token has all those before it as context, and neither
-    `stride` nor `batch_size` plays a part. `progress` is called with the number of tokens newly scored.
+    `stride` nor `batch_size` nor `full_last` plays a part. `progress` is called with the number of tokens
+    newly scored.
     The model is left in the mode it was in. Raises UserError for a length out of range or no tokens.
     """
     stride = context_length if stride is None else stride
@@ -174,7 +175,8 @@ def evaluate_tokens(
     model.eval()
     try:
         if carry_state:
-            stride, batch_size = context_length, 1
+            # Each token is read once: a last window that began earlier would read its beginning twice.
+            stride, batch_size, full_last = context_length, 1, False
         for batch in batches_of_windows(windows(count, context_length, stride, full_last), batch_size):
             inputs, targets = inputs_and_targets(tokens, batch, eos_id)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

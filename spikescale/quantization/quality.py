@@ -14,7 +14,11 @@ BATCH = 8
 
 
 def compare(source: LoadedModel, made: LoadedModel, tokens: Tensor) -> dict[str, Any]:
-    """Bits a token of both models over a text, whose first token only is not predicted, and what differs."""
+    """Bits a token of both models over a text, and what differs.
+
+    The text is cut into windows of `context_length` + 1 tokens (the last one may be shorter), each read with
+    an empty state. The first token of every window is read and not scored: `tokens scored` leaves them out.
+    """
     length = source.config.context_length
     nats, other, changed, spikes, flipped = 0.0, 0.0, 0, 0, 0
     with reading_progress("scoring", len(tokens)) as progress, torch.no_grad():

@@ -145,6 +145,9 @@ def test_a_carried_state_equals_one_window_over_everything():
     assert model.lengths == [8] * 12 + [5]
     apart, _ = evaluate_tokens(model, tokens, context_length=8, eos_id=EOS)
     assert abs(apart - whole) > 1
+    # A last window that began earlier would read, and carry on, what was read already.
+    full, _ = evaluate_tokens(model, tokens, context_length=8, eos_id=EOS, carry_state=True, full_last=True)
+    assert full == pytest.approx(whole, rel=1e-6)
 
 
 def test_windows_of_one_shape_share_a_batch():
