@@ -91,6 +91,34 @@ def test_padding_on_the_left_changes_nothing(variant):
 
 
 @torch.no_grad()
+def test_the_end_of_a_document_clears_the_state_where_the_settings_say_so():
+    end = 9
+    ours = random_model(tiny("spikegpt", reset_at_documents=True))
+    model = hf.SpikeGPTForCausalLM.from_spikegpt(ours, eos_token_id=end)
+    rows = prompts(6, 11)
+    rows[0][0, 3] = rows[1][0, 0] = rows[1][0, 7] = end
+    for row in rows:
+        assert torch.equal(model(row).logits, ours(row, reset=row == end)[0])
+    # Of a batch with padding, and token by token with the state.
+    batch = padded(rows, "left")
+    logits = model(**batch).logits
+    cache = hf.RecurrentCache()
+    steps = [model(rows[1][:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(11)]
+    for found, row in ((logits[0, -6:], rows[0]), (logits[1], rows[1]), (torch.cat(steps, 1)[0], rows[1])):
+        torch.testing.assert_close(found, ours(row, reset=row == end)[0][0], rtol=1e-5, atol=1e-5)
+    assert (ours(rows[1])[0] - model(rows[1]).logits).abs().max() > 1e-2
+    # Several ids may end a text; without any, the state could not be cleared.
+    several = hf.SpikeGPTForCausalLM.from_spikegpt(ours, eos_token_id=[end, 4])
+    row = torch.tensor([[1, 4, 2, end, 3]])
+    assert torch.equal(several(row).logits, ours(row, reset=(row == end) | (row == 4))[0])
+    with pytest.raises(UserError, match=r"config.json: eos_token_id is not set.*reset_at_documents"):
+        hf.SpikeGPTForCausalLM.from_spikegpt(ours)
+    plain = causal("spikegpt", reset_at_documents=False)
+    plain.config.eos_token_id = end
+    assert torch.equal(plain(rows[1]).logits, ours(rows[1])[0])
+
+
+@torch.no_grad()
 def test_beams_samples_chunks_and_a_given_cache_go_by_the_state():
     model = causal("spikegpt-b")
     batch = padded(prompts(5, 9), "left")

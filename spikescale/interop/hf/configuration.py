@@ -70,6 +70,22 @@ class SpikeGPTConfig(PretrainedConfig):
             key = ".".join(str(part) for part in first["loc"])
             raise UserError(f"config.json: spikescale.{key}: {first['msg']}") from None
 
+    def document_ends(self) -> list[int]:
+        """Ids of the tokens that clear the state before they are read; none unless `reset_at_documents`.
+
+        Raises UserError where they should and `eos_token_id` does not say which.
+        """
+        if not self.model_config().reset_at_documents:
+            return []
+        ends = getattr(self, "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        if not ends:
+            raise UserError(
+                "config.json: eos_token_id is not set, and spikescale.reset_at_documents clears the state"
+                " there: set it to the id that ends a document"
+            )
+        return ends
+
     @property
     def context_length(self) -> int:
         """Tokens that the model was trained on at a time; no limit of what it can read."""

@@ -84,12 +84,14 @@ def document_starts(attention_mask: Tensor, tokens: int) -> Tensor | None:
 class SpikeGPTModel(SpikeGPTPreTrainedModel):
     """The blocks and the last LayerNorm: tokens in, vectors (B, T, C) out.
 
-    In the driven variant the vectors are the spikes that the head reads.
+    In the driven variant the vectors are the spikes that the head reads. With `reset_at_documents` the state
+    is cleared before each `eos_token_id` is read, as in training.
     """
 
     def __init__(self, config: SpikeGPTConfig) -> None:
         super().__init__(config)
         settings = config.model_config()
+        config.document_ends()  # a model that could not be run is refused here
         with torch.device("meta"):
             network = SpikeGPT(settings)
         network.head = nn.Identity()
@@ -136,6 +138,10 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             raise ValueError("SpikeGPT has no attentions, and keeps no hidden states: hook the blocks")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         starts = None if attention_mask is None else document_starts(attention_mask, input_ids.shape[1])
+        if self.spikegpt.config.reset_at_documents:
+            ends = torch.tensor(self.config.document_ends(), device=input_ids.device)
+            opened = torch.isin(input_ids, ends)
+            starts = opened if starts is None else starts | opened
         self.spikegpt.activation_checkpointing = bool(self.gradient_checkpointing and self.training)
         before = None if past_key_values is None else past_key_values.state
         hidden, state = self.spikegpt(input_ids, before, starts)
