@@ -50,7 +50,7 @@ def draw_subblocks(analysis: Analysis) -> bytes | None:
             color=BLUE if kind == "SRWKV" else RED,
         )
     panel.set(xlabel="block", ylabel="spikes a token and neuron", xticks=range(len(rates["SRWKV"])))
-    panel.legend()
+    panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 
