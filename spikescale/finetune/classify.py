@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikescale.config import ModelConfig
 from spikescale.errors import UserError
-from spikescale.finetune.classifiers import Encoder
+from spikescale.finetune.classifiers import Encoder, SpikeClassifier
 from spikescale.finetune.labelled import Examples, Labelled
+from spikescale.training.parameter_groups import parameter_groups
 
 # Batches are made of texts of like length, drawn from so many batches' worth at a time.
 _POOL = 16
@@ -200,16 +202,21 @@ def _shuffled(rows: list[Row], size: int, generator: torch.Generator) -> Iterato
 
 
 def _optimizer(model: nn.Module, settings: ClassifySettings) -> torch.optim.Optimizer:
-    """AdamW; the classification head has a rate of its own, and only matrices decay."""
-    groups = []
+    """AdamW; the classification head has a rate of its own, and only matrices decay.
+
+    The body of a model with `width_transfer` has the rates and decays that it has in pretraining.
+    """
     named = list(model.named_parameters())
-    for head in (False, True):
-        for matrix in (False, True):
-            chosen = [p for n, p in named if n.startswith("classifier.") == head and (p.dim() > 1) == matrix]
-            rate = settings.head_lr if head else settings.lr
-            decay = settings.weight_decay if matrix else 0.0
-            groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.99))
+    head = [(n, p) for n, p in named if n.startswith("classifier.")]
+    body = [(n, p) for n, p in named if not n.startswith("classifier.")]
+    plain = ModelConfig()  # of networks that are no SpikeGPT, and of the head
+    config = model.spikegpt.config if isinstance(model, SpikeClassifier) else plain
+    groups = []
+    for rate, members, kind in ((settings.lr, body, config), (settings.head_lr, head, plain)):
+        for group in parameter_groups(members, kind, settings.weight_decay):
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+            groups.append(group)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
 def _factor(step: int, steps: int, warmup: int) -> float:

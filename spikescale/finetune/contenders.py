@@ -172,6 +172,8 @@ def pretrained(path: Path, settings: ClassifySettings) -> Contender:
 
     weights = read_json(folder / SETTINGS)["weights_sha256"]
     described = {"weights": weights, "info": loaded.info, **settings.as_dict()}
+    if loaded.config.width_transfer is not None:  # muP: it scales the rates
+        described["width_transfer"] = loaded.config.width_transfer
     return Contender(f"{variant}, pretrained", True, described, run)
 
 

@@ -24,6 +24,7 @@ from spikescale.finetune.methods import Tuning
 from spikescale.finetune.progress import Figures, load_progress, save_progress
 from spikescale.finetune.texts import TuningText
 from spikescale.model import language_model_loss
+from spikescale.training.parameter_groups import parameter_groups
 from spikescale.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -109,9 +110,8 @@ class Tuner:
         if not self.parameters:
             raise UserError("nothing is left to train: freeze fewer layers")
         train = self.train
-        self.optimizer = torch.optim.AdamW(
-            groups(self.parameters, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
-        )
+        groups = parameter_groups(self.parameters.items(), self.model.config, train.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         found = None
         if folder is not None:
@@ -143,7 +143,7 @@ class Tuner:
         began, cpu_began = time.perf_counter(), time.process_time()
         rate = learning_rate(figures.step, train)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.model.train()
         rows = self.text.samples.rows(figures.step * train.batch_size, train.batch_size).to(self.device)
         loss = 0.0
@@ -245,14 +245,6 @@ def evaluated(
         split_characters=text.characters,
         conditions=conditions,
     )
-
-
-def groups(parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the optimizer: weight decay reaches matrices only."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() <= 1]
-    decays = ((matrices, weight_decay), (others, 0.0))
-    return [{"params": members, "weight_decay": decay} for members, decay in decays if members]
 
 
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -15,6 +15,7 @@ from spikescale.parallel.shards import full_tensor, is_sharded
 from spikescale.parallel.tensor import model_parallel_unit
 from spikescale.training.bootstrap import Process
 from spikescale.training.offload import optimizer_class, sharding_settings
+from spikescale.training.parameter_groups import group_settings, grouped
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -103,49 +104,27 @@ def deepspeed_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
 def build_optimizer(
     model: nn.Module, config: RunConfig, device: torch.device | None = None
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW. Weight decay applies to matrices only: decays, mixes and norms are not shrunk.
-
-    With `model.width_transfer` the matrices fed by a width-sized input have their rate scaled by tuned width
-    over width (Yang et al. 2022, Table 8, Adam), and their weight decay by the inverse, which leaves the
-    product.
-    """
+    """Adam or AdamW over the groups of `parameter_groups`."""
     train = config.train
     groups = [
         {"params": parameters, **settings}
-        for parameters, settings in zip(_grouped(model, config), group_settings(config), strict=True)
+        for parameters, settings in zip(
+            grouped(model.named_parameters(), config.model), _settings(config), strict=True
+        )
     ]
     kind, own = optimizer_class(config, device or torch.device("cpu"))
     optimizer: torch.optim.Optimizer = kind(groups, lr=train.lr, betas=train.betas, eps=train.eps, **own)
     return optimizer
 
 
-def _grouped(model: nn.Module, config: RunConfig) -> list[list[nn.Parameter]]:
-    """The parameters in the groups of `group_settings`."""
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    if config.model.width_transfer is None:
-        return [list(matrices.values()), vectors]
-    inputs = matrices.pop("embedding.weight")
-    return [list(matrices.values()), vectors, [inputs]]
-
-
-def group_settings(config: RunConfig) -> list[dict[str, float]]:
-    """What each group of parameters has for itself: matrices; vectors; with muP, the input embeddings."""
-    decay, base = config.train.weight_decay, config.model.width_transfer
-    if base is None:
-        return [{"weight_decay": decay}, {"weight_decay": 0.0}]
-    scale = base / config.model.width
-    return [
-        {"weight_decay": decay / scale, "lr_scale": scale},
-        {"weight_decay": 0.0, "lr_scale": 1.0},
-        {"weight_decay": decay, "lr_scale": 1.0},
-    ]
+def _settings(config: RunConfig) -> list[dict[str, float]]:
+    return group_settings(config.model, config.train.weight_decay)
 
 
 def apply_optimizer_settings(engine: Any, config: RunConfig) -> None:
     """Put the settings of this run over those that a loaded checkpoint brought along."""
     train = config.train
-    for group, own in zip(engine.optimizer.param_groups, group_settings(config), strict=True):
+    for group, own in zip(engine.optimizer.param_groups, _settings(config), strict=True):
         group.update(**own, betas=train.betas, eps=train.eps)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = train.clip

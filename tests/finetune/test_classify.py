@@ -223,6 +223,23 @@ def test_a_pretrained_model_is_trained_further(tmp_path, task):
     assert [row["name"] for row in summary["rows"]] == ["spikegpt, pretrained", "spikegpt, pretrained (2)"]
 
 
+def test_bodies_with_width_transfer_have_the_rates_of_their_pretraining():
+    from spikescale.finetune.classify import _optimizer
+
+    config = ModelConfig(layers=1, width=32, vocab_size=40, context_length=32, width_transfer=8)
+    model = SpikeClassifier(SpikeGPT(config), 2)
+    optimizer = _optimizer(model, ClassifySettings(lr=1e-3, head_lr=5e-3, weight_decay=0.1))
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group, matrix = groups[id(parameter)], parameter.ndim > 1
+        rate = 5e-3 if name.startswith("classifier.") else 1e-3
+        if name.startswith("spikegpt.") and name != "spikegpt.embedding.weight" and matrix:
+            rate = 1e-3 * 8 / 32
+        decay = 0.1 * (4 if rate == 1e-3 * 8 / 32 else 1) if matrix else 0.0
+        assert (group["lr"], group["weight_decay"]) == (pytest.approx(rate), pytest.approx(decay)), name
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

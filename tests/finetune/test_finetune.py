@@ -281,6 +281,34 @@ def test_the_benchmark_picks_the_better_rate_and_repeats_nothing(base, text, tmp
     assert "the model as it was" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_rates_of_a_model_with_width_transfer_are_those_of_its_pretraining(text, method):
+    from spikescale.config import TrainConfig
+    from spikescale.finetune.tune import Tuner, TuneSettings
+
+    tokenizer = make_tokenizer("byte")
+    config = ModelConfig(layers=1, width=32, vocab_size=256, context_length=16, width_transfer=8)
+    tuning = Tuning(SpikeGPT(config), MethodSettings(method))
+    train = TrainConfig(steps=2, batch_size=2, lr=1e-3, min_lr=1e-3, warmup_steps=0, weight_decay=0.1)
+    tuner = Tuner(tuning, tokenizer, raw_text([text], tokenizer, 16, 0), TuneSettings(train, 16))
+    tuner._step()
+    groups = {id(p): group for group in tuner.optimizer.param_groups for p in group["params"]}
+    scaled = set()
+    for name, parameter in tuner.parameters.items():
+        group = groups[id(parameter)]
+        if parameter.ndim < 2:
+            assert (group["lr"], group["weight_decay"]) == (1e-3, 0.0), name
+            continue
+        assert group["lr"] * group["weight_decay"] == pytest.approx(1e-4), name
+        if group["lr"] == pytest.approx(1e-3 * 8 / 32):
+            scaled.add(name)
+        else:
+            assert group["lr"] == 1e-3
+    matrices = {name for name, parameter in tuner.parameters.items() if parameter.ndim == 2}
+    read_other_widths = {name for name in matrices if name == "embedding.weight" or ".lora_B." in name}
+    assert scaled == matrices - read_other_widths and scaled and read_other_widths
+
+
 def test_eight_bit_weights_are_not_trained(base, text, tmp_path, capsys):
     assert main(["quantize", str(base), "--output", str(tmp_path / "int8")]) == 0
     command = ["finetune", str(tmp_path / "int8"), "--text", str(text), "--output", str(tmp_path / "out")]

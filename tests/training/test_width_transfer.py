@@ -7,7 +7,8 @@ import torch
 
 from spikescale.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from spikescale.model import SpikeGPT, language_model_loss
-from spikescale.training.engine import apply_optimizer_settings, build_optimizer, group_settings
+from spikescale.training.engine import apply_optimizer_settings, build_optimizer
+from spikescale.training.parameter_groups import group_settings
 
 SYMBOLS, LENGTH, BATCH = 32, 32, 16
 TUNED = 32
@@ -73,7 +74,8 @@ def test_groups_scale_rates_by_width_and_keep_the_decay():
         if parameter.ndim == 2:
             assert group["lr_scale"] * group["weight_decay"] == pytest.approx(0.1)
     # At the tuned width it is the ordinary optimizer in another order of groups.
-    assert all(group.get("lr_scale", 1.0) == 1.0 for group in group_settings(config(TUNED, TUNED)))
+    tuned = group_settings(config(TUNED, TUNED).model, 0.1)
+    assert all(group.get("lr_scale", 1.0) == 1.0 for group in tuned)
     assert len(build_optimizer(model, config(128, None)).param_groups) == 2
 
 
