@@ -6,19 +6,22 @@
 Each row starts its ranks as processes of their own, which build the model, shard it with DeepSpeed as the
 trainer does, and make some optimizer steps on random tokens, with the trainer's allocator settings. Measured
 is the largest resident set that any rank ever had (VmHWM), from its first to its last instruction: libraries,
-building and sharding are in it. "plan" is the planner's peak for the same settings.
+building and sharding are in it. "plan" is the planner's peak for the same settings. The row of 1b2 needs
+18 GB of disk in TMPDIR, and libaio.
 """
 
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common import arguments, peak_bytes, positive, random_tokens, report, resident_bytes, write_results
 
@@ -42,7 +45,7 @@ class Row:
     model: str
     stage: int
     ranks: int = 1
-    offload: str = "none"
+    offload: Literal["none", "cpu", "nvme"] = "none"
     checkpointing: bool = False
     precision: str = "float32"
     micro_batch: int = 1
@@ -52,6 +55,8 @@ class Row:
     @property
     def steps(self) -> int:
         """Optimizer steps after which the heap of a process has stopped growing."""
+        if self.offload == "nvme":
+            return 3  # each reads and writes all states
         return 8 if self.stage == 3 else 3
 
     @property
@@ -85,8 +90,9 @@ class Row:
         )
         zero = ZeroConfig(
             stage=self.stage,
-            offload_optimizer="none" if self.offload == "none" else "cpu",
+            offload_optimizer=self.offload,
             offload_parameters="cpu" if self.stage == 3 and self.offload != "none" else "none",
+            nvme_path=Path(tempfile.gettempdir()) / "spikescale-nvme" if self.offload == "nvme" else None,
         )
         model = self.model_config(length)
         return Workload(model, train, zero, ranks=self.ranks, on_cpu=True, baseline=device.baseline)
@@ -104,7 +110,7 @@ def rows() -> list[Row]:
     found += [Row("216m", 1, checkpointing=True), Row("216m", 1, precision="bfloat16")]
     found += [Row("216m", 2, 2, checkpointing=True, precision="bfloat16")]
     found += [Row("216m", 3, 2, checkpointing=True), Row("216m", 2, 2, "cpu")]
-    found += [Row("430m", 0, checkpointing=True)]
+    found += [Row("430m", 0, checkpointing=True), Row("1b2", 3, 1, "nvme", checkpointing=True)]
     return found
 
 
@@ -123,7 +129,7 @@ def step_repeatedly(row: Row, length: int) -> dict[str, Any]:
 
     process = prepare_process()
     set_threads(process, 1)
-    kept = keep_freed_memory()
+    kept = keep_freed_memory(large_blocks=row.stage < 3)
     work = row.workload(length)
     config = RunConfig(
         data=DataConfig(path=Path("none")),
@@ -132,6 +138,8 @@ def step_repeatedly(row: Row, length: int) -> dict[str, Any]:
         zero=work.zero,
         mlflow=MlflowConfig(enabled=False),
     )
+    if work.zero.nvme_path is not None:
+        work.zero.nvme_path.mkdir(exist_ok=True)
     join_processes(process)
     build_operators("auto")
     sizes = {"started": resident_bytes()}
@@ -199,6 +207,8 @@ def measure_row(row: Row, length: int) -> dict[str, Any]:
     finally:
         for process in ranks:
             process.kill()
+        if (place := row.workload(length).zero.nvme_path) is not None:
+            shutil.rmtree(place, ignore_errors=True)
     largest = max(results, key=lambda result: result["peak"])
     return {"seconds": time.perf_counter() - started, "ranks": results, **largest}
 

@@ -24,6 +24,7 @@ DOUBLE = 8  # bytes of a number while DeepSpeed computes norms
 GATHERED_BUCKETS = 5  # all-gather buckets of weights that stage 3 keeps gathered (training/offload.py)
 ALLREDUCE_ELEMENTS = 500_000_000  # of one all-reduce at stage 0, DeepSpeed's constant
 SWAPPED_TENSORS = 4  # weight, gradient and two moments of one group that is being updated
+LARGE = 160 << 20  # bytes of a block that a process on a CPU gives back at stage 3, as measured
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Workload:
             )
         if self.parallel.tensor > 1 and self.zero.stage == 3:
             raise UserError("tensor parallelism does not work with stage 3: use a stage up to 2")
+        if self.parallel.context > 1 and self.zero.stage > 1:
+            raise UserError(f"context ranks do not work with stage {self.zero.stage}: use stage 0 or 1")
         if self.model.width % self.parallel.tensor:
             raise UserError(f"--tensor {self.parallel.tensor}: does not divide the width {self.model.width}")
         if self.model.context_length % self.parallel.context:
@@ -123,6 +126,7 @@ class Phase:
     name: str
     device: dict[str, int]
     host: dict[str, int]
+    given_back: dict[str, int] = field(default_factory=dict)  # of each part, bytes in blocks that are
 
     @property
     def device_bytes(self) -> int:
@@ -142,7 +146,7 @@ class MemoryPlan:
     phases: tuple[Phase, ...]
     on_cpu: bool
     disk: int = 0  # bytes of this rank's files on the NVMe
-    scattered: bool = False  # on a CPU at stage 3: see `_kept_apart`
+    gaps: int = 0  # bytes of a CPU's heap that nothing fits into
 
     @property
     def peak(self) -> Phase:
@@ -163,25 +167,25 @@ class MemoryPlan:
         return phase.device_bytes + (phase.host_bytes if self.on_cpu else 0)
 
     def _kept_apart(self) -> int:
-        """The sum of the largest that each part ever is: what a process on a CPU grows to.
+        """What a process on a CPU grows to: of each part the largest that it ever is, in sum.
 
         It keeps what a step frees for the next (`training/allocator.py`), and a part seldom fits the gaps
-        that another has left: gradients are made between dying activations, where flat buffers would lie. At
-        stage 3 not even activations fit where those of the step before lay: measured, they take twice their
-        size.
+        that another has left: gradients are made between dying activations, where flat buffers would lie.
+        Large blocks that it gives back count while they live.
         """
         largest: dict[str, int] = {}
+        most = 0
         for phase in self.phases:
             parts: dict[str, int] = {}
             for place in (phase.device, phase.host):
                 for name, size in place.items():
                     # What the logits leave is large enough for gradients.
                     key = "gradients" if name == "logits" else name
-                    parts[key] = parts.get(key, 0) + size
+                    parts[key] = parts.get(key, 0) + size - (phase.given_back.get(name, 0))
+            most = max(most, sum(phase.given_back.values()))
             for key, size in parts.items():
                 largest[key] = max(largest.get(key, 0), size)
-        gaps = largest.get("activations", 0) if self.scattered else 0
-        return sum(largest.values()) + gaps
+        return most + sum(largest.values()) + self.gaps
 
 
 def plan_memory(workload: Workload) -> MemoryPlan:
@@ -198,7 +202,7 @@ def plan_memory(workload: Workload) -> MemoryPlan:
         states.gathering(),
     )
     kept = tuple(phase for phase in phases if phase is not None)
-    return MemoryPlan(kept, workload.on_cpu, states.disk(), workload.on_cpu and workload.zero.stage == 3)
+    return MemoryPlan(kept, workload.on_cpu, states.disk(), states.gaps())
 
 
 class _States:
@@ -229,7 +233,20 @@ class _States:
         all_host = dict(away)
         for key, value in (host or {}).items():
             all_host[key] = all_host.get(key, 0) + value
-        return Phase(name, {k: v for k, v in merged.items() if v}, {k: v for k, v in all_host.items() if v})
+        return self._of_blocks(name, merged, all_host)
+
+    def _of_blocks(self, name: str, device: dict[str, int], host: dict[str, int]) -> Phase:
+        """The phase, with what of its parts lies in blocks that a process gives back when it frees them."""
+        blocks = {"weights": self.head, "gradients": self.head, "casts": self.head // 2, "activations": 0}
+        back: dict[str, int] = {}
+        for part in {**device, **host} if self.stage == 3 and self.workload.on_cpu else ():
+            # Parts that consist of layers have two large blocks: those of the embedding and of the head.
+            size, layered = device.get(part, 0) + host.get(part, 0), part in blocks
+            block = blocks.get(part, size)
+            if block >= LARGE:
+                back[part] = min(size, block * min(2, size // block)) if layered else size
+        kept = ({part: size for part, size in place.items() if size} for place in (device, host))
+        return Phase(name, *kept, back)
 
     def _static(self) -> tuple[dict[str, int], dict[str, int]]:
         """What the device and the host hold throughout."""
@@ -288,9 +305,9 @@ class _States:
         """Every rank first makes the whole model in the host's memory, one orthogonal matrix at a time."""
         scratch = {"weights": self.weights, "temporary": 4 * FLOAT * self.largest}
         if self.workload.on_cpu:
-            return Phase("building", {"baseline": self.workload.baseline, **scratch}, {})
+            return self._of_blocks("building", {"baseline": self.workload.baseline, **scratch}, {})
         host = {"baseline": self.workload.host_baseline, **scratch}
-        return Phase("building", {"baseline": self.workload.baseline}, host)
+        return self._of_blocks("building", {"baseline": self.workload.baseline}, host)
 
     def sharding(self) -> Phase | None:
         """The whole weights beside what DeepSpeed makes of them."""
@@ -304,7 +321,7 @@ class _States:
             device["temporary"] = dropped + (self.matrices if self.stage < 3 else self.shard)
         else:
             device["temporary"] = self.matrices if self.stage < 3 else self.shard + FLOAT * self.largest
-        return Phase("sharding", device, {"baseline": self.workload.host_baseline})
+        return self._of_blocks("sharding", device, {"baseline": self.workload.host_baseline})
 
     def _earlier_gradients(self) -> dict[str, int]:
         """Those of earlier forward passes of the same step, on the device; stage 3 holds them always."""
@@ -342,15 +359,10 @@ class _States:
             },
         )
 
-    @property
-    def _reduces_late(self) -> bool:
-        """Whether stage 2 collects all gradients in one bucket first, as context ranks must."""
-        return self.stage == 2 and self.workload.parallel.context > 1
-
     def _reducing(self) -> int:
         """Buckets in which gradients are averaged over ranks while backward runs."""
         if self.stage == 2:
-            return self.weights if self._reduces_late else 2 * self.reduce_bucket
+            return 2 * self.reduce_bucket
         return self.reduce_bucket if self.stage == 3 else 0
 
     def backward_begins(self) -> Phase:
@@ -384,7 +396,7 @@ class _States:
 
     def _new_gradients(self, whole: int) -> dict[str, int]:
         """Bytes of `whole` gradients, and this rank's part where they are reduced while backward runs."""
-        partitioned = self.stage == 2 and self.offloaded == "none" and not self._reduces_late
+        partitioned = self.stage == 2 and self.offloaded == "none"
         return {"gradients": whole, "partition": self.shard if partitioned else 0}
 
     @staticmethod
@@ -394,9 +406,6 @@ class _States:
     def reduction(self) -> Phase | None:
         """Whole gradients, and what they are averaged in; only where that is not done during backward."""
         partition = 0 if self.offloaded != "none" else self.shard
-        if self._reduces_late:
-            partition += self._earlier_gradients().get("partition", 0)
-            return self._phase("reduction", {"partition": partition, "buffers": self.weights})
         if self.stage == 0:
             bucket = min(self.weights, FLOAT * (ALLREDUCE_ELEMENTS + self.largest))
             return self._phase("reduction", {"gradients": self.weights, "buffers": bucket})
@@ -416,6 +425,16 @@ class _States:
             return self._phase("step", {"temporary": max(self.shard, norm // self.replicas)})
         flat = max(min(self.shard, -(-self.matrices // self.replicas)), norm)
         return self._phase("step", {"partition": self.shard, "temporary": flat})
+
+    def gaps(self) -> int:
+        """What a process on a CPU grows by at stage 3, over the first eight steps, beside its parts.
+
+        Measured, not derived: activations, between which weights are gathered and let go, do not fit where
+        those of the step before lay; where few wait, as blocks are recomputed, gathered weights do not.
+        """
+        if not self.workload.on_cpu or self.stage < 3:
+            return 0
+        return max(self.activations.kept, 2 * self._gathered())
 
     def gathering(self) -> Phase | None:
         """Weights are gathered; gloo, on CPUs, does it in a copy, and stage 3 also reduces in one."""

@@ -50,7 +50,7 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
     """
     set_threads(process, config.train.threads)
     if process.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(large_blocks=config.zero.stage < 3)
     layout = agreed(process, lambda: Layout.of(config.parallel, process.rank, process.world_size))
     agreed(process, lambda: micro_batching(config, layout.data))
     agreed(process, lambda: uses_fused_loss(config, process.device))
