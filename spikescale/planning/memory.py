@@ -245,8 +245,8 @@ class _States:
             block = blocks.get(part, size)
             if block >= LARGE:
                 back[part] = min(size, block * min(2, size // block)) if layered else size
-        kept = ({part: size for part, size in place.items() if size} for place in (device, host))
-        return Phase(name, *kept, back)
+        found = [{part: size for part, size in place.items() if size} for place in (device, host)]
+        return Phase(name, found[0], found[1], back)
 
     def _static(self) -> tuple[dict[str, int], dict[str, int]]:
         """What the device and the host hold throughout."""
