@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split-seed", type=int, default=0, help="draws the rows of splits that are not given"
     )
-    parser.add_argument("--limit", type=int, help="train on the first rows only")
+    parser.add_argument(
+        "--limit", type=int, help="train on so many rows only, drawn class by class by --split-seed"
+    )
     parser.add_argument("--epochs", type=int, default=12, help="the most passes over the training texts")
     parser.add_argument("--patience", type=int, default=3, help="epochs without a better validation accuracy")
     parser.add_argument("--batch-size", type=int, default=32, help="texts of a step")

@@ -133,6 +133,30 @@ def _drawn(rows: Rows, share: float, seed: int, what: str) -> tuple[Rows, Rows]:
     return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
 
 
+def limited(examples: Examples, limit: int, classes: int, seed: int) -> Examples:
+    """`limit` of the examples in their order, drawn by `seed`: of each class in its proportion.
+
+    Every class keeps one at least. Raises UserError for a limit below the number of classes.
+    """
+    if limit < classes:
+        raise UserError(f"--limit {limit}: fewer rows than there are classes, {classes}")
+    places: list[list[int]] = [[] for _ in range(classes)]
+    for place, label in enumerate(examples.labels):
+        places[label].append(place)
+    due = [limit * len(found) / len(examples) for found in places]
+    counts = [max(1, int(share)) for share in due]
+    while (left := limit - sum(counts)) != 0:  # to or from the class that is furthest from its share
+        open_to = [label for label in range(classes) if left > 0 or counts[label] > 1]
+        step = 1 if left > 0 else -1
+        counts[max(open_to, key=lambda label: step * (due[label] - counts[label]))] += step
+    kept = sorted(
+        place
+        for label, (found, count) in enumerate(zip(places, counts, strict=True))
+        for place in random.Random(f"{seed}/limit/{label}").sample(found, count)
+    )
+    return Examples([examples.texts[place] for place in kept], [examples.labels[place] for place in kept])
+
+
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and columns of every row."""
     suffix = file.suffix.lower()

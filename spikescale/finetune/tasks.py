@@ -1,7 +1,7 @@
 """Classification tasks by name: those of the SpikeGPT paper on the hub, and one from the package registry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from spikescale.finetune.labelled import (
     Labelled,
     Rows,
     labelled,
+    limited,
     read_rows,
 )
 
@@ -106,8 +107,8 @@ def load_task(
     """The task called `name`: of the catalogue, a file, a hub data set `hub:OWNER/NAME`, or a folder of one.
 
     `text` and `label` name columns, `valid` and `test` files with those splits; what is not given is drawn
-    from the training rows by `split_seed`, 10% each. `limit`: so many training rows at most.
-    Raises UserError.
+    from the training rows by `split_seed`, 10% each. `limit`: so many training rows at most, drawn by the
+    same seed, of each class in its proportion and of every class one at least. Raises UserError.
     """
     given = {
         "valid": None if valid is None else read_rows(valid, text, label),
@@ -126,8 +127,9 @@ def load_task(
         )
     task = labelled(title, train, given["valid"], given["test"], split_seed=split_seed)
     if limit is not None and limit < len(task.train):
-        task.train.texts[limit:], task.train.labels[limit:] = [], []
-        task.notes.append(f"train: the first {limit:,} rows only")
+        kept = limited(task.train, limit, len(task.classes), split_seed)
+        task = replace(task, train=kept)
+        task.notes.append(f"train: {limit:,} of the rows only, drawn by seed {split_seed}")
     return task
 
 

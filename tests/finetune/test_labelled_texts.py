@@ -10,7 +10,8 @@ from pyarrow import parquet
 
 from spikescale.errors import UserError
 from spikescale.finetune import tasks
-from spikescale.finetune.labelled import labelled, read_rows
+from spikescale.finetune.classify import class_weights
+from spikescale.finetune.labelled import Labelled, labelled, read_rows
 from spikescale.finetune.tasks import HUB_TASKS, load_task
 
 ROWS = [(f"text {number}, with a comma", "good" if number % 3 else "bad") for number in range(60)]
@@ -70,7 +71,34 @@ def test_given_splits_are_kept(tmp_path):
     (tmp_path / "t.csv").write_text("text,label\nheld out,good\nheld too,bad\n")
     loaded = load_task(str(write(tmp_path / "train.csv")), test=tmp_path / "t.csv", limit=10)
     assert loaded.name == "train" and loaded.test.texts == ["held out", "held too"]
-    assert len(loaded.train) == 10 and loaded.notes[-1] == "train: the first 10 rows only"
+    assert len(loaded.train) == 10 and loaded.notes[-1] == "train: 10 of the rows only, drawn by seed 0"
+
+
+def test_a_limit_keeps_every_class_whatever_the_order_of_the_rows(tmp_path):
+    """Sorted by class, the first rows have one class only."""
+    counts = {"a": 120, "b": 60, "c": 12}
+    rows = [(f"{label} text {number}", label) for label, count in counts.items() for number in range(count)]
+    (tmp_path / "s.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+
+    def drawn(limit: int, seed: int = 0) -> Labelled:
+        return load_task(str(tmp_path / "s.csv"), limit=limit, split_seed=seed)
+
+    task, whole = drawn(32), load_task(str(tmp_path / "s.csv"))
+    assert [task.train.labels.count(number) for number in range(3)] == [20, 10, 2]
+    assert (task.test, task.valid, task.classes) == (whole.test, whole.valid, whole.classes)
+    known = dict(zip(whole.train.texts, whole.train.labels, strict=True))
+    assert all(known[text] == label for text, label in zip(task.train.texts, task.train.labels, strict=True))
+    assert task.train.texts == [text for text in whole.train.texts if text in set(task.train.texts)]
+    assert drawn(32) == task and drawn(32, seed=1).train != task.train
+    assert task.train.texts != whole.train.texts[:32]
+    for limit in (3, 4, 50, len(whole.train) - 1):
+        found = drawn(limit).train
+        assert len(found) == limit and set(found.labels) == {0, 1, 2}
+    assert drawn(len(whole.train)) == whole
+    # What needs every class to be there.
+    assert bool(class_weights(drawn(3).train.labels, 3).isfinite().all())
+    with pytest.raises(UserError, match="--limit 2: fewer rows than there are classes, 3"):
+        drawn(2)
 
 
 @pytest.mark.parametrize(
