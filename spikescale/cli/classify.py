@@ -83,22 +83,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
     )
     parser.add_argument(
-        "--save", type=Path, help="folder to make: the first spiking contender of seed 0, for transformers"
+        "--save",
+        type=Path,
+        help="folder to make: the first spiking contender of seed 0, for transformers; it is trained again if"
+        " only its figures were kept",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train everything that is not there yet, and print the table."""
-    from spikescale.finetune.comparison import JSON_FILE, compare, table
+    from spikescale.finetune.comparison import JSON_FILE, compare, run_key, table, task_fingerprint
+    from spikescale.finetune.save import is_saved, save_classifier
     from spikescale.finetune.tasks import load_task
 
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds}: must be 1 or more")
-    if arguments.save is not None:
-        from spikescale.model.store import refuse_occupied
-
-        refuse_occupied(arguments.save)
     contenders = _contenders(arguments)
+    chosen = next((contender for contender in contenders if contender.is_spiking), None)
+    if arguments.save is not None and chosen is None:
+        raise UserError(f"--save {arguments.save}: there is no spiking contender; add --model or --new")
     task = load_task(
         arguments.data,
         text=arguments.text_column,
@@ -110,14 +113,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for note in task.notes:
         print(note, file=sys.stderr)
-    saved: list[Path] = []
+    unsaved: dict[str, Any] | None = None  # the run whose model is still to be saved
+    if arguments.save is not None and chosen is not None:
+        unsaved = run_key(task_fingerprint(task), chosen, 0)
+        if is_saved(arguments.save, unsaved):
+            print(f"{arguments.save}: saved already", file=sys.stderr)
+            unsaved = None
+
+    def is_to_be_saved(contender: "Contender", seed: int) -> bool:
+        return unsaved is not None and contender is chosen and seed == 0
 
     def finished(contender: "Contender", seed: int, result: Any) -> None:
-        if arguments.save is not None and seed == 0 and result.model is not None and not saved:
-            from spikescale.finetune.save import save_classifier
-
-            save_classifier(result, task, arguments.save)
-            saved.append(arguments.save)
+        if unsaved is not None and is_to_be_saved(contender, seed):
+            save_classifier(result, task, arguments.save, unsaved)
 
     with _Bars() as bars:
         summary = compare(
@@ -128,14 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
             say=bars.say,
             progress=bars.start,
             finished=finished,
+            anew=is_to_be_saved,  # kept runs keep no models
         )
     print(table(summary), end="")
     print(f"{arguments.output / JSON_FILE}", file=sys.stderr)
-    if arguments.save is not None and not saved:
-        raise UserError(
-            f"--save {arguments.save}: every run was taken from {arguments.output}, which keeps no models;"
-            " choose another --output"
-        )
     return 0
 
 

@@ -30,6 +30,11 @@ def task_fingerprint(task: Labelled) -> str:
     return files.sha256_text(json.dumps(content, sort_keys=True))
 
 
+def run_key(fingerprint: str, contender: Contender, seed: int) -> dict[str, Any]:
+    """All that decides a run's result, as JSON; `fingerprint` is the task's."""
+    return {"task": fingerprint, "contender": contender.described, "name": contender.name, "seed": seed}
+
+
 def compare(
     task: Labelled,
     contenders: Sequence[Contender],
@@ -38,13 +43,14 @@ def compare(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda name, seed: lambda *values: None,
     finished: Callable[[Contender, int, Result], None] = lambda contender, seed, result: None,
+    anew: Callable[[Contender, int], bool] = lambda contender, seed: False,
 ) -> dict[str, Any]:
     """Run what has not been run yet, one contender and seed after the other, and summarise.
 
     Every finished run is kept in `folder`/runs, and taken from there when the same is asked for again: the
     same task, settings and seed. `say` gets a line for each; `progress` makes what training calls;
-    `finished` is called with each new result. Returns what `classification.json` holds; table and picture
-    lie beside it.
+    `finished` is called with each new result; a run of which `anew` is true is run in any case. Returns what
+    `classification.json` holds; table and picture lie beside it.
     """
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     fingerprint = task_fingerprint(task)
@@ -52,15 +58,10 @@ def compare(
     for contender in contenders:
         results = {}
         for seed in seeds if contender.seeded else seeds[:1]:
-            key = {
-                "task": fingerprint,
-                "contender": contender.described,
-                "name": contender.name,
-                "seed": seed,
-            }
+            key = run_key(fingerprint, contender, seed)
             file = folder / RUNS / f"{_slug(contender.name)}-seed{seed}.json"
             kept = files.read_json(file) if file.is_file() else None
-            if kept is None or kept.get("key") != key:
+            if kept is None or kept.get("key") != key or anew(contender, seed):
                 result = contender.run(task, seed, progress(contender.name, seed))
                 kept = {"key": key, **_plain(result)}
                 files.write_json(file, kept)

@@ -49,12 +49,19 @@ class Contender:
         seeded: whether a seed changes anything; otherwise it runs once.
         described: all that decides its results beside task and seed, as JSON.
         run: from task, seed and progress to the result.
+        variant: of SpikeGPT; None: another method.
     """
 
     name: str
     seeded: bool
     described: dict[str, Any]
     run: Callable[[Labelled, int, Progress], Result]
+    variant: str | None = None
+
+    @property
+    def is_spiking(self) -> bool:
+        """Whether it is a SpikeGPT with neurons."""
+        return self.variant not in (None, "rwkv")
 
 
 def majority() -> Contender:
@@ -152,7 +159,7 @@ def from_scratch(
         return Result(trained, _count(model), {"vocabulary": made.vocab_size}, model, made)
 
     described = {"config": config.model_dump(mode="json"), "tokenizer": spec, **settings.as_dict()}
-    return Contender(f"{config.variant}, new", True, described, run)
+    return Contender(f"{config.variant}, new", True, described, run, config.variant)
 
 
 def pretrained(path: Path, settings: ClassifySettings) -> Contender:
@@ -174,7 +181,7 @@ def pretrained(path: Path, settings: ClassifySettings) -> Contender:
     described = {"weights": weights, "info": loaded.info, **settings.as_dict()}
     if loaded.config.width_transfer is not None:  # muP: it scales the rates
         described["width_transfer"] = loaded.config.width_transfer
-    return Contender(f"{variant}, pretrained", True, described, run)
+    return Contender(f"{variant}, pretrained", True, described, run, variant)
 
 
 def twin(config: ModelConfig) -> ModelConfig:

@@ -1,19 +1,32 @@
 """A trained classifier as a folder for transformers (docs/interoperability.md)."""
 
 from pathlib import Path
+from typing import Any
 
+from spikescale import files
 from spikescale.errors import UserError
 from spikescale.finetune.classifiers import SpikeClassifier
 from spikescale.finetune.contenders import Result
 from spikescale.finetune.labelled import Labelled
-from spikescale.model.store import TOKENIZER, folder_aside
+from spikescale.model.store import TOKENIZER, folder_aside, refuse_occupied
+
+RUN_FILE = "spikescale_run.json"
 
 
-def save_classifier(result: Result, task: Labelled, folder: Path) -> None:
+def is_saved(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether `folder` holds the classifier of this run. Raises UserError where it holds anything else."""
+    file = folder / RUN_FILE
+    if file.is_file() and files.read_json(file) == run:
+        return True
+    refuse_occupied(folder)
+    return False
+
+
+def save_classifier(result: Result, task: Labelled, folder: Path, run: dict[str, Any]) -> None:
     """Write the model of `result` as a SpikeGPTForSequenceClassification, with class names and tokenizer.
 
-    Raises UserError for a result without such a model, where transformers is missing, and when `folder`
-    already holds something.
+    `run` says what it is the result of (`is_saved`). Raises UserError for a result without such a model,
+    where transformers is missing, and when `folder` already holds something.
     """
     if not isinstance(result.model, SpikeClassifier) or result.tokenizer is None:
         raise UserError("--save: only SpikeGPT classifiers can be saved")
@@ -43,3 +56,4 @@ def save_classifier(result: Result, task: Labelled, folder: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         result.tokenizer.save(aside / TOKENIZER)
+        files.write_json(aside / RUN_FILE, run)

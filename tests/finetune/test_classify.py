@@ -202,6 +202,41 @@ def test_the_saved_classifier_answers_in_transformers_pipeline(finished):
     assert (folder / "saved" / "tokenizer" / "spikescale_tokenizer.json").is_file()
 
 
+def test_saving_takes_the_spiking_contender_and_survives_a_stop(tmp_path, capsys):
+    pytest.importorskip("spikescale.interop.hf")
+    data, out, saved = tmp_path / "r.csv", tmp_path / "out", tmp_path / "saved"
+    data.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in reviews(60)))
+    words = ["classify", str(data), "--output", str(out), "--seeds", "1", "--layers", "1", "--width", "16"]
+    words += ["--epochs", "1", "--baselines", "rwkv"]
+    assert main(words) == 0
+    runs = out / "runs"
+    ours, rwkv = runs / "spikegpt-new-seed0.json", runs / "rwkv-new-seed0.json"
+    before = json.loads(ours.read_text())
+    # Only the figures of the contender are kept, and the baseline is what would be new.
+    rwkv.unlink()
+    assert main([*words, "--save", str(saved)]) == 0
+    config = json.loads((saved / "config.json").read_text())
+    assert config["spikescale"]["variant"] == "spikegpt"
+    assert rwkv.is_file() and json.loads(ours.read_text())["test"] == before["test"]
+    # Stopped after it was saved: the same command goes on, and leaves the folder alone.
+    rwkv.unlink()
+    times = {file: file.stat().st_mtime_ns for file in (ours, saved / "model.safetensors")}
+    assert main([*words, "--save", str(saved)]) == 0
+    assert rwkv.is_file() and all(file.stat().st_mtime_ns == time for file, time in times.items())
+    capsys.readouterr()
+    # The folder of another run, or of something else, is not overwritten.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    for options, complaint in (
+        (["--save", str(saved), "--lr", "2e-3"], "saved: already exists"),
+        (["--save", str(tmp_path / "other")], "other: already exists"),
+        (["--save", str(tmp_path / "new"), "--new", "rwkv"], "there is no spiking contender"),
+    ):
+        assert main([*words, *options]) == 2
+        assert complaint in capsys.readouterr().err
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+
 def test_a_pretrained_model_is_trained_further(tmp_path, task):
     from spikescale.data_pipeline.tokenizers import make_tokenizer
     from spikescale.model.store import save_model_folder
