@@ -5,8 +5,9 @@
 
 `train` pretrains each attempt at the same budget, one after another, and skips those that are finished: it
 may be killed and called again. `report` measures firing rates and energy of the finished ones on the test
-split, and writes benchmarks/results/driven_gap.json and .png. `--lock FILE` has every run wait for that
-file's lock.
+split, and writes benchmarks/results/driven_gap.json and .png. What it measured before it takes from that
+file only where budget, data and the attempt's settings are the same; runs that were trained with others are
+left out, and said so. `--lock FILE` has every run wait for that file's lock.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from spikescale.config import RunConfig, load_config
 from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.data_pipeline.stream import split_tokens
 from spikescale.energy import PRICES, count_operations, summarise
@@ -34,6 +37,7 @@ from spikescale.model.store import find_model_folder, load_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "driven_gap.json"
+TINY = ROOT / "configs" / "run" / "tiny.yaml"
 ENERGY_TOKENS = 16_384  # of the test split, over which operations are counted
 # The budget of configs/run/ablation.yaml, which compares the variants.
 BUDGET = {
@@ -55,6 +59,11 @@ BUDGET = {
     "mlflow.enabled": "false",
     "zero.stage": 0,
 }
+# Of `train`, what decides the weights and is the same for all attempts: a run may be another program's.
+DECISIVE = (
+    *("steps", "batch_size", "optimizer", "weight_decay", "lr", "min_lr", "warmup_steps"),
+    *("schedule", "decay_fraction", "seed"),
+)
 TEACHER = "{teacher}"  # the run `rwkv` with the same seed
 
 
@@ -132,13 +141,11 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int) -> bool:
     done = arguments.runs / run / "done"
     if done.exists():
         return True
-    changes = {"name": run, "output": arguments.runs, "data.path": arguments.data}
-    changes |= {"train.seed": seed, "data.seed": seed, **BUDGET, **ATTEMPTS[name]}
     teacher = arguments.runs / run_name("rwkv", seed)
-    if TEACHER in changes.values() and not (teacher / "done").exists():
+    if TEACHER in ATTEMPTS[name].values() and not (teacher / "done").exists():
         print(f"{run}: its teacher, {teacher}, is not trained", flush=True)
         return False
-    words = [f"{key}={teacher if value == TEACHER else value}" for key, value in changes.items()]
+    words = words_of(arguments, name, seed)
     print(f"{run} ...", flush=True)
     ended = subprocess.run(
         [sys.executable, "launch/pretrain.py", "--config", "configs/run/tiny.yaml", *words],
@@ -153,23 +160,84 @@ def train_one(arguments: argparse.Namespace, name: str, seed: int) -> bool:
     return True
 
 
+def words_of(arguments: argparse.Namespace, name: str, seed: int) -> list[str]:
+    """What an attempt changes in configs/run/tiny.yaml."""
+    changes = {"name": run_name(name, seed), "output": arguments.runs, "data.path": arguments.data}
+    changes |= {"train.seed": seed, "data.seed": seed, **BUDGET, **ATTEMPTS[name]}
+    teacher = arguments.runs / run_name("rwkv", seed)
+    return [f"{key}={teacher if value == TEACHER else value}" for key, value in changes.items()]
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Measure what is finished; write the JSON, the picture, and a table in Markdown to standard output."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"attempts": {}}
+    manifest = load_manifest(arguments.data)
+    setup = {
+        "budget": BUDGET,
+        "energy_tokens": ENERGY_TOKENS,
+        "prices": "45nm-float32",
+        "data": {"source": manifest.source, "sha256": manifest.sha256},
+    }
+    attempts = still_valid(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}, setup)
+    strange = 0
     for name in arguments.attempts:
         for seed in arguments.seeds:
-            known = results["attempts"].setdefault(name, {"settings": ATTEMPTS[name], "seeds": {}})
+            known = attempts.setdefault(name, {"settings": ATTEMPTS[name], "seeds": {}})
             folder = arguments.runs / run_name(name, seed)
-            if (folder / "done").exists() and str(seed) not in known["seeds"]:
-                print(f"measuring {folder.name} ...", file=sys.stderr, flush=True)
-                known["seeds"][str(seed)] = measured(folder, arguments.data)
-    results["attempts"] = {name: found for name, found in results["attempts"].items() if found["seeds"]}
-    results |= {"budget": BUDGET, "energy_tokens": ENERGY_TOKENS, "prices": "45nm-float32"}
-    write_json(RESULTS, results)
-    if {"rwkv", "driven"} <= results["attempts"].keys():
-        print(table(results["attempts"]))
-    draw(results["attempts"], RESULTS.with_suffix(".png"))
-    return 0
+            if not (folder / "done").exists() or str(seed) in known["seeds"]:
+                continue
+            if other := difference(folder, load_config(TINY, words_of(arguments, name, seed))):
+                print(f"{folder.name}: left out: {other}", file=sys.stderr, flush=True)
+                strange += 1
+                continue
+            print(f"measuring {folder.name} ...", file=sys.stderr, flush=True)
+            known["seeds"][str(seed)] = measured(folder, arguments.data)
+    attempts = {name: found for name, found in attempts.items() if found["seeds"]}
+    write_json(RESULTS, {"attempts": attempts, **setup, "command": command(arguments)})
+    if {"rwkv", "driven"} <= attempts.keys():
+        print(table(attempts))
+    if attempts:
+        draw(attempts, RESULTS.with_suffix(".png"))
+    return 1 if strange else 0
+
+
+def still_valid(results: dict[str, Any], setup: dict[str, Any]) -> dict[str, Any]:
+    """Of earlier results the attempts that are what they would be now; a line for what is dropped."""
+    earlier = results.get("attempts", {})
+    for key, value in setup.items():
+        if earlier and results.get(key) != value:
+            print(f"{RESULTS.name}: of another {key}; everything is measured again", file=sys.stderr)
+            return {}
+    kept = {name: found for name, found in earlier.items() if found["settings"] == ATTEMPTS.get(name)}
+    for name in earlier.keys() - kept.keys():
+        print(f"{RESULTS.name}: {name} had other settings; it is measured again", file=sys.stderr)
+    return kept
+
+
+def difference(folder: Path, wanted: RunConfig) -> str:
+    """How the settings that a run was trained with differ from those wanted; empty: not at all."""
+    found = load_config(folder / "config.yaml")
+    places = {"preset", "vocab_size", "backend"}  # filled in, or of no influence
+    pairs = [(f"train.{key}", getattr(found.train, key), getattr(wanted.train, key)) for key in DECISIVE]
+    pairs.append(("data.seed", found.data.seed, wanted.data.seed))
+    pairs.append(("a teacher", found.train.distill_from is not None, wanted.train.distill_from is not None))
+    ours = wanted.model.model_dump(exclude=places)
+    pairs += [
+        (f"model.{key}", value, ours[key]) for key, value in found.model.model_dump(exclude=places).items()
+    ]
+    return "; ".join(f"{key} was {a}, not {b}" for key, a, b in pairs if a != b)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command line; folders outside the project by their last part."""
+    words = ["python", "benchmarks/driven_gap.py", "report"]
+    for option in ("data", "runs"):
+        path = getattr(arguments, option).resolve()
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+        words += [f"--{option}", shown.as_posix()]
+    words += ["--seeds", *map(str, arguments.seeds)]
+    if arguments.attempts != list(ATTEMPTS):
+        words += ["--attempts", *arguments.attempts]
+    return shlex.join(words)
 
 
 def measured(folder: Path, data: Path) -> dict[str, object]:

@@ -83,6 +83,66 @@ def test_what_is_finished_is_not_trained_again_and_a_pupil_needs_its_teacher(gap
     assert started == ["rwkv-s0", "spikegpt-s0", "distilled-s0"]
 
 
+def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tmp_path, monkeypatch, capsys):
+    manifest = argparse.Namespace(source="text", sha256="abc")
+    measured = []
+
+    def measure(folder, data):
+        measured.append(folder.name)
+        return found("x", [2.0 if folder.name == "rwkv-s0" else 3.0])["seeds"]["0"]
+
+    monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.json")
+    monkeypatch.setattr(gap, "load_manifest", lambda path: manifest)
+    monkeypatch.setattr(gap, "measured", measure)
+    monkeypatch.setattr(gap, "draw", lambda attempts, path: None)
+    arguments = argparse.Namespace(
+        runs=tmp_path / "gap", data=tmp_path / "words", seeds=[0], attempts=["rwkv", "driven", "2 bits"]
+    )
+
+    def finish(name, *changes):
+        """A run folder as pretraining leaves it."""
+        folder = arguments.runs / gap.run_name(name, 0)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = load_config(gap.TINY, [*gap.words_of(arguments, name, 0), *changes])
+        (folder / "config.yaml").write_text(json.dumps(settings.model_dump(mode="json")))
+        (folder / "done").touch()
+
+    def report():
+        measured.clear()
+        code = gap.report(arguments)
+        return code, sorted(measured), json.loads(gap.RESULTS.read_text())
+
+    finish("rwkv", "model.vocab_size=256", "train.evaluate_every=50")  # of no influence on the weights
+    finish("driven")
+    code, new, results = report()
+    assert (code, new) == (0, ["driven-s0", "rwkv-s0"])
+    assert results["data"] == {"source": "text", "sha256": "abc"} and results["budget"] == gap.BUDGET
+    expected = (
+        "python benchmarks/driven_gap.py report --data words --runs gap --seeds 0 --attempts rwkv driven"
+    )
+    assert results["command"] == f"{expected} '2 bits'"
+    assert report()[:2] == (0, [])
+    # An attempt that means something else now, and a new budget, price or data set.
+    monkeypatch.setitem(gap.ATTEMPTS, "driven", gap.driven(tau=3.0))
+    finish("driven")
+    assert report()[:2] == (0, ["driven-s0"])
+    manifest.sha256 = "def"
+    code, new, results = report()
+    assert new == ["driven-s0", "rwkv-s0"] and results["data"]["sha256"] == "def"
+    capsys.readouterr()
+    monkeypatch.setitem(gap.BUDGET, "train.lr", 1e-3)
+    code, new, results = report()  # the runs are of the old budget, too
+    assert (code, new, results["attempts"]) == (1, [], {})
+    said = capsys.readouterr().err
+    assert "gap.json: of another budget; everything is measured again" in said
+    assert "rwkv-s0: left out: train.lr was 0.002, not 0.001" in said
+    finish("rwkv")
+    finish("driven", "model.neuron.tau=2.0")
+    code, new, _ = report()
+    assert (code, new) == (1, ["rwkv-s0"])
+    assert "driven-s0: left out: model.neuron was" in capsys.readouterr().err
+
+
 def test_kept_results_are_of_attempts_that_are_still_there(gap):
     results = json.loads(gap.RESULTS.read_text())
     assert results["attempts"].keys() <= gap.ATTEMPTS.keys()
