@@ -7,7 +7,9 @@
         --kept data/shakespeare-byte
 
 Each run is `spikescale finetune` in a process of its own; of each method's learning rates the one with the
-lowest validation loss counts. Runs that are finished are not repeated.
+lowest validation loss counts. Where that is the smallest or the largest that was tried, a better one may lie
+beyond: the table marks it with a star, the JSON with `at_border`, and `--lrs` tries others. Runs that are
+finished are not repeated.
 """
 
 import argparse
@@ -25,10 +27,10 @@ from spikescale.errors import UserError
 from spikescale.files import read_json
 
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "from random weights": (["--method", "full"], (2e-3, 4e-3)),
-    "full": (["--method", "full"], (1e-3, 2e-3)),
-    "frozen": (["--method", "frozen"], (1e-3, 2e-3)),
-    "lora": (["--method", "lora", "--rank", "8"], (4e-3, 1e-2)),
+    "from random weights": (["--method", "full"], (2e-3, 4e-3, 8e-3)),
+    "full": (["--method", "full"], (1e-3, 2e-3, 4e-3)),
+    "frozen": (["--method", "frozen"], (1e-3, 2e-3, 4e-3)),
+    "lora": (["--method", "lora", "--rank", "8"], (4e-3, 1e-2, 2e-2)),
 }
 
 
@@ -46,12 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step")
     parser.add_argument("--test-tokens", type=positive, default=100_000, help="of each test text, at most")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads a run")
+    parser.add_argument(
+        "--lrs",
+        action="append",
+        default=[],
+        metavar="METHOD=LR,LR,LR",
+        help="rates of a method, three or more, in place of its own; repeatable",
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--output", type=Path, default=default, help="where the JSON goes")
     arguments = parser.parse_args(argv)
     end = time.monotonic() + 60 * arguments.minutes
     try:
-        found = {name: _best(arguments, name, end) for name in METHODS}
+        rates = _rates(arguments.lrs)
+        found = {name: _best(arguments, name, rates[name], end) for name in METHODS}
     except TimeoutError:
         return 75
     except UserError as error:
@@ -61,12 +71,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _best(arguments: argparse.Namespace, name: str, end: float) -> dict[str, Any]:
-    words, rates = METHODS[name]
+def _rates(given: Sequence[str]) -> dict[str, list[float]]:
+    """The rates of each method, from the smallest on; `given` as METHOD=LR,LR,LR. Raises UserError."""
+    rates = {name: list(own) for name, (_, own) in METHODS.items()}
+    for word in given:
+        name, _, values = word.partition("=")
+        if name not in METHODS:
+            raise UserError(f"--lrs {word}: no method {name!r}; there are {', '.join(METHODS)}")
+        try:
+            rates[name] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise UserError(f"--lrs {word}: must be METHOD=LR,LR,LR") from None
+    for name, found in rates.items():
+        if len(set(found)) < 3 or min(found) <= 0:
+            raise UserError(f"--lrs {name}={','.join(map(str, found))}: three rates or more, all above 0")
+    return {name: sorted(set(found)) for name, found in rates.items()}
+
+
+def _best(arguments: argparse.Namespace, name: str, rates: list[float], end: float) -> dict[str, Any]:
+    words, _ = METHODS[name]
     runs = [_run(arguments, name, [*words, "--lr", str(rate)], rate, end) for rate in rates]
-    best = min(runs, key=lambda run: run["best_valid_loss"])
+    best = min(range(len(runs)), key=lambda place: runs[place]["best_valid_loss"])
     tried = {str(run["lr"]): run["best_valid_loss"] for run in runs}
-    return {**best, "tried": tried}
+    return {**runs[best], "tried": tried, "at_border": best in (0, len(runs) - 1)}
 
 
 def _run(
@@ -153,7 +180,7 @@ def _report(arguments: argparse.Namespace, found: dict[str, dict[str, Any]]) -> 
         rows.append(
             [
                 name,
-                f"{run['lr']:g}",
+                f"{run['lr']:g}{' *' if run['at_border'] else ''}",
                 f"{run['trainable']:,} ({run['trainable'] / run['total']:.1%})",
                 f"{run['state_bytes'] / 2**20:.1f}",
                 f"{run['peak_bytes'] / 2**20:.0f}",
@@ -176,6 +203,8 @@ def _report(arguments: argparse.Namespace, found: dict[str, dict[str, Any]]) -> 
         results,
         arguments.output,
     )
+    if any(run["at_border"] for run in found.values()):
+        print("* the smallest or largest rate that was tried: a better one may lie beyond it")
 
 
 def _bits(result: dict[str, Any]) -> str:

@@ -262,7 +262,8 @@ def test_the_benchmark_picks_the_better_rate_and_repeats_nothing(base, text, tmp
 
     prepare = ["data", "prepare", "--source", str(text), "--split-by", "position", "--no-ray", "--quiet"]
     assert main([*prepare, "--output", str(tmp_path / "data")]) == 0
-    monkeypatch.setattr(benchmark, "METHODS", {"full": (["--method", "full"], (1e-3, 1e-2))})
+    assert all(len(set(rates)) >= 3 for _, rates in benchmark.METHODS.values())
+    monkeypatch.setattr(benchmark, "METHODS", {"full": (["--method", "full"], (1e-3, 1e-2, 1e-1))})
     started = []
 
     def run(command: list[str], **_: Any) -> Any:
@@ -274,11 +275,30 @@ def test_the_benchmark_picks_the_better_rate_and_repeats_nothing(base, text, tmp
     words = ["--base", str(base), "--data", str(tmp_path / "data"), "--kept", str(tmp_path / "data")]
     words += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.json"), "--steps", "4"]
     assert benchmark.main([*words, "--minutes", "0"]) == 75
-    assert (benchmark.main(words), benchmark.main(words), len(started)) == (0, 0, 2)
+    assert (benchmark.main(words), benchmark.main(words), len(started)) == (0, 0, 3)
     row = json.loads((tmp_path / "out.json").read_text())["rows"]["full"]
     assert row["best_valid_loss"] == min(row["tried"].values()) == row["tried"][str(row["lr"])]
-    assert len(set(row["tried"].values())) == 2
-    assert "the model as it was" in capsys.readouterr().out
+    assert len(set(row["tried"].values())) == 3
+    out = capsys.readouterr().out
+    assert "the model as it was" in out
+    # A best rate at the end of those that were tried is marked; one between others is not.
+    losses = {float(rate): loss for rate, loss in row["tried"].items()}
+    assert row["at_border"] == (row["lr"] in (min(losses), max(losses))) == ("beyond it" in out)
+    rising = {1e-3: 3.0, 1e-2: 2.0, 1e-1: 2.5}
+    monkeypatch.setattr(
+        benchmark, "_run", lambda a, n, w, rate, end: {"lr": rate, "best_valid_loss": rising[rate]}
+    )
+    assert not benchmark._best(None, "full", sorted(rising), 0)["at_border"]
+    rising[1e-2] = 2.7
+    assert benchmark._best(None, "full", sorted(rising), 0)["at_border"]
+    assert benchmark._rates(["full=3e-3,1e-3,2e-3"]) == {"full": [1e-3, 2e-3, 3e-3]}
+    for words, complaint in (
+        ("full=1e-3,2e-3", "three rates or more"),
+        ("half=1,2,3", "no method 'half'; there are full"),
+        ("full=a", "must be METHOD=LR,LR,LR"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            benchmark._rates([words])
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
