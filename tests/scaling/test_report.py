@@ -61,7 +61,7 @@ def test_forecast_is_the_law_at_the_presets_own_cost(points):
 def test_report_is_one_page_with_pictures_beside_it_and_in_mlflow(points, tmp_path, capsys):
     write_points(points, tmp_path / "points.csv")
     page, store = tmp_path / "out" / "report.html", f"sqlite:///{tmp_path}/mlflow.db"
-    words = ["scaling", "report", str(tmp_path / "points.csv"), "--output", str(page), "--rounds", "5"]
+    words = ["scaling", "report", str(tmp_path / "points.csv"), "--output", str(page), "--rounds", "3"]
     assert main([*words, "--log", store, "--title", "Laws & <more>"]) == 0
     text = page.read_text()
     assert "<h1>Laws &amp; &lt;more&gt;</h1>" in text
