@@ -17,6 +17,7 @@ from typing import Any
 
 import spikescale
 from spikescale.errors import UserError
+from spikescale.faults.exits import REQUEUE
 from spikescale.faults.launcher import SUPERVISED
 
 PRELOADED = (
@@ -47,8 +48,11 @@ def run_to_end(
 ) -> tuple[int, str]:
     """Train as launch/pretrain.py does with these words; (exit code, the end of what it said if it failed).
 
-    stop: asked often; once it is true the run is told to save and to end, with code 75.
+    stop: asked often; once it is true the run is told to save and to end, with code 75. A run that is not to
+    start at all, or is told before it can save (its imports take seconds), ends with that code too.
     """
+    if stop():
+        return REQUEUE, ""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["--config", str(config), *settings]
     process: _Child = _Ranks(words, folder, ranks) if ranks > 1 else _Forked(words, folder)
@@ -62,6 +66,8 @@ def run_to_end(
     except BaseException:
         process.terminate()
         raise
+    if told and code == -signal.SIGTERM:
+        code = REQUEUE
     return code, "" if code == 0 else _tail(folder / CONSOLE)
 
 

@@ -1,9 +1,9 @@
 """Energy a token of a ladder's trained models, by operations counted while they read (spikescale/energy)."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from spikescale.errors import UserError
 from spikescale.scaling.plan_file import Plan, PlannedRun
 from spikescale.scaling.points import Count
 
@@ -14,7 +14,8 @@ def energy_of_runs(
     """(N, picojoules a token, the twin's energy over it) of the longest finished run of each size, by family.
 
     The models read the first `tokens` of the validation split. The twin is the same model with all neurons
-    taken out and every projection reading floats.
+    taken out and every projection reading floats. A run whose checkpoints were removed is left out, which is
+    said; raises UserError for a model that is there and cannot be read.
     """
     import torch
 
@@ -35,10 +36,10 @@ def energy_of_runs(
     ids = torch.from_numpy(text[0 : min(tokens, len(text))])
     found: dict[str, list[tuple[float, float, float]]] = {}
     for run in longest.values():
-        try:
-            loaded = load_model_folder(find_model_folder(plan.folder(run)))
-        except UserError:
-            continue  # its checkpoints were removed; the points stay
+        if not (plan.folder(run) / "checkpoints").is_dir():
+            print(f"no energy of {run.name}: its checkpoints were removed", file=sys.stderr)
+            continue
+        loaded = load_model_folder(find_model_folder(plan.folder(run)))
         parts = count_operations(loaded.model, ids, context_length=loaded.config.context_length)
         summary = summarise(parts, next(iter(PRICES.values())))
         size = float(run.parameters if count == "total" else run.parameters_non_embedding)

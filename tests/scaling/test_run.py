@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 
 import pytest
@@ -9,7 +10,11 @@ import pytest
 from spikescale.cli.main import main
 from spikescale.config import load_config
 from spikescale.data_pipeline.pools import ray_running
+from spikescale.errors import UserError
 from spikescale.faults.events import append_event
+from spikescale.faults.exits import REQUEUE
+from spikescale.scaling import child
+from spikescale.scaling.energy_of_runs import energy_of_runs
 from spikescale.scaling.outcomes import points_of_plan
 from spikescale.scaling.plan_file import Plan, PlannedRun, write_plan
 from spikescale.scaling.points import final_points, read_points
@@ -168,3 +173,46 @@ def test_collecting_reads_what_runs_left_without_starting_any(plan, tmp_path, ca
     assert (trunk.tokens, trunk.run, trunk.final) == (2304, "trunk", False)
     assert (unfinished.run, unfinished.final) == ("long", False)
     assert whole.flop == 200000 * 3072
+
+
+class Stopped:
+    """Stands for a child that a signal ends after it was told to stop."""
+
+    def __init__(self, *_):
+        self.ended = None
+
+    def code(self):
+        return self.ended
+
+    def terminate(self):
+        self.ended = -signal.SIGTERM
+
+
+def test_a_child_told_to_stop_before_it_can_save_is_to_go_on_and_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(child, "_Forked", Stopped)
+    monkeypatch.setattr(child, "POLL_SECONDS", 0.0)
+    asked = iter([False, False, True])
+    assert child.run_to_end(tmp_path, [], tmp_path / "a", 1, lambda: next(asked))[0] == REQUEUE
+
+    def refuse(*_):
+        pytest.fail("started although it was to stop")
+
+    monkeypatch.setattr(child, "_Forked", refuse)
+    assert child.run_to_end(tmp_path, [], tmp_path / "b", 1, lambda: True)[0] == REQUEUE
+
+
+def test_a_signal_from_elsewhere_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(child, "_Forked", Stopped)
+    monkeypatch.setattr(Stopped, "code", lambda self: -signal.SIGTERM)
+    assert child.run_to_end(tmp_path, [], tmp_path, 1, lambda: False)[0] == -signal.SIGTERM
+
+
+def test_energy_leaves_out_removed_checkpoints_aloud_and_refuses_damaged_ones(plan, capsys):
+    folder = plan.folder(plan.runs[-1])
+    folder.mkdir(parents=True)
+    append_event(folder, "end", 12)
+    assert energy_of_runs(plan, ["spikegpt"], "total", 16) == {}
+    assert "no energy of whole: its checkpoints were removed" in capsys.readouterr().err
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no model found"):
+        energy_of_runs(plan, ["spikegpt"], "total", 16)
