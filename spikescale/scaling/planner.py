@@ -196,9 +196,15 @@ def _largest(wish: Wish, runs_at: Callable[[float], Sequence[PlannedRun]], low: 
     if _cost(wish, runs_at(low)) > budget:
         least = _cost(wish, runs_at(low))
         raise UserError(f"the budget of {budget:.3g} {_unit(wish)} is too small: the least costs {least:.3g}")
-    high = low
-    while _cost(wish, runs_at(2 * high)) <= budget:
-        high *= 2
+    high, most = low, 0.0
+    while (cost := _cost(wish, runs := runs_at(2 * high))) <= budget:
+        if not runs:
+            raise UserError(
+                f"the budget of {budget:.3g} {_unit(wish)} is more than these --sizes can spend with at most"
+                f" {wish.ratio_range[1]:g} tokens a parameter (about {most:.3g}): larger --sizes, a wider"
+                " --ratio-range, or a smaller budget"
+            )
+        high, most = 2 * high, max(most, cost)
     low, high = high, 2 * high
     for _ in range(40):
         middle = math.sqrt(low * high)

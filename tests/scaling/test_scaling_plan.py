@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import yaml
@@ -115,6 +116,22 @@ def test_isoflop_profiles_have_equal_flop_within_the_budget(tmp_path, prepared_d
     for run in found.runs:
         assert run.flop == pytest.approx(run.budget, rel=0.05)  # whole steps
     assert 0.9 * 2e13 < sum(run.cost_flop for run in found.runs) <= 2.01e13
+
+
+def test_a_budget_that_no_size_can_spend_is_refused(tmp_path, prepared_data, capsys):
+    def late(*_):
+        raise TimeoutError("still searching for the largest budget")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        words = ["scaling", "plan", "--data", str(prepared_data), "--output", str(tmp_path / "p.yaml")]
+        words += ["--design", "isoflop", "--sizes", "50k:1M:6", "--budget", "1e25"]
+        assert main([*words, "--runs", str(tmp_path), "--ratio-range", "0.1:1000"]) == 2
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "is more than these --sizes can spend with at most 1000 tokens" in capsys.readouterr().err
 
 
 def test_ratio_ladder_drops_what_the_budget_does_not_pay_for(tmp_path, prepared_data):
