@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from spikescale.errors import UserError
 from spikescale.files import written_aside
 from spikescale.tracking.run_table import FIRING, LOSS, SPEED, VALID, Run, RunStore
 
@@ -15,7 +16,10 @@ PANELS = (
 
 
 def plot_comparison(store: RunStore, runs: Sequence[Run], path: Path, against: str = "tokens") -> None:
-    """Draw loss, validation loss, firing rate and speed of all runs against tokens or steps, to a PNG."""
+    """Draw loss, validation loss, firing rate and speed of all runs against tokens or steps, to a PNG.
+
+    Raises UserError for a run of which the tokens of a step are not known, unless drawn against steps.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -50,8 +54,11 @@ def plot_comparison(store: RunStore, runs: Sequence[Run], path: Path, against: s
 
 
 def tokens_of_step(run: Run) -> float:
-    """Tokens of an optimizer step, by the run's settings; 1 where they do not say."""
+    """Tokens of an optimizer step, by the run's settings. Raises UserError where they do not say."""
     try:
         return float(run.settings["train.batch_size"]) * float(run.settings["model.context_length"])
     except (KeyError, ValueError):
-        return 1.0
+        raise UserError(
+            f"{run.name} ({run.id[:8]}): its settings do not say how many tokens a step has"
+            " (train.batch_size, model.context_length): draw --against steps, or leave this run out"
+        ) from None

@@ -1,6 +1,7 @@
 """Models go into MLflow's registry and come back; runs are listed and compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from spikescale.model import SpikeGPT
 from spikescale.model.store import find_model_folder, load_model_folder, save_model_folder
 from spikescale.scaling.mlflow_points import read_mlflow
 from spikescale.scaling.points import final_points
+from spikescale.tracking.comparison import plot_comparison
 from spikescale.tracking.mlflow_run import MlflowRun
 from spikescale.tracking.run_table import RunStore, differing, sparkline
 
@@ -149,6 +151,41 @@ def test_runs_are_points_of_a_scaling_law(store):
         read_mlflow(store, "none")
     with pytest.raises(UserError, match="no finished run"):
         read_mlflow(store, "Default")
+
+
+@pytest.fixture
+def same_name(store, tmp_path):
+    """Two runs of one name, of a model whose neurons learn, in an experiment that is removed afterwards."""
+    from mlflow.tracking import MlflowClient
+
+    config = ModelConfig(layers=1, width=16, vocab_size=256, neuron={"learn_tau": True})
+    neuron = {f"neuron.{key}": value for key, value in config.neuron.model_dump().items()}
+    settings = config.model_dump(exclude={"neuron"}) | neuron
+    for last in (2.0, 1.5):
+        run = MlflowRun(store, "same", "twice", artifacts=tmp_path / "artifacts")
+        run.log_parameters({f"model.{key}": value for key, value in settings.items()})
+        run.log_parameters({"train.batch_size": 2, "train.lr": 0.01})
+        run.log_metrics({"loss/valid": last}, 4)
+        assert run.finish(seconds=120)
+    yield config
+    client = MlflowClient(tracking_uri=store)
+    client.delete_experiment(client.get_experiment_by_name("same").experiment_id)
+
+
+def test_runs_of_one_name_stay_apart_and_learnt_neurons_are_counted(store, same_name):
+    points = read_mlflow(store, "same")
+    assert sorted(point.loss for point in final_points(points)) == [1.5, 2.0]
+    assert {point.run for point in points} == {f"twice ({run.id})" for run in RunStore(store).runs("same")}
+    assert {point.parameters for point in points} == {SpikeGPT(same_name).count_parameters()}
+
+
+def test_steps_are_never_shown_as_tokens(store, tmp_path):
+    runs = RunStore(store)
+    silent = replace(runs.named("first"), settings={"train.batch_size": "2"})
+    with pytest.raises(UserError, match=r"first .*how many tokens a step has.*--against steps"):
+        plot_comparison(runs, [silent], tmp_path / "curves.png")
+    plot_comparison(runs, [silent], tmp_path / "curves.png", against="steps")
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_sparkline_is_as_high_as_its_values():
