@@ -196,7 +196,7 @@ def _interpolated(points: Sequence[Point], count: Count) -> list[Profile]:
     by_size: dict[float, list[Point]] = {}
     for point in points:
         by_size.setdefault(point.size(count), []).append(point)
-    ladders = {size: sorted(g, key=lambda p: p.flop) for size, g in by_size.items() if len(g) >= 2}
+    ladders = {size: sorted(g, key=lambda p: p.flop) for size, g in by_size.items() if _lengths(g) >= 2}
     if len(ladders) < LEAST_SIZES:
         return []
     # FLOP that at least LEAST_SIZES sizes reach from both sides.
@@ -205,7 +205,7 @@ def _interpolated(points: Sequence[Point], count: Count) -> list[Profile]:
     if low >= high:
         return []
     found = []
-    for flop in np.geomspace(low, high, max(len(g) for g in ladders.values())):
+    for flop in np.geomspace(low, high, max(_lengths(g) for g in ladders.values())):
         rows = []
         for size, group in ladders.items():
             x = np.array([p.flop for p in group])
@@ -216,6 +216,10 @@ def _interpolated(points: Sequence[Point], count: Count) -> list[Profile]:
             sizes, tokens, losses = np.array(rows).T
             found.append(_profile(float(flop), (sizes, tokens, losses), True))
     return found
+
+
+def _lengths(group: Sequence[Point]) -> int:
+    return len({point.flop for point in group})  # a resample holds points more than once
 
 
 def _profile(flop: float, columns: tuple[Array, Array, Array], interpolated: bool) -> Profile:

@@ -9,7 +9,7 @@ draws whole points.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -116,17 +116,23 @@ def resampled_laws(
 ) -> list[PowerLaws]:
     """Power laws of approach 1 or 2 from resampled points; rounds that leave too few for one are dropped.
 
-    Whole curves are drawn where points form curves, else points within each size.
+    What is drawn are runs with their curves, and points without a run: all together, or within each isoFLOP
+    profile where all were planned for one. What is drawn twice counts twice, under another name.
     """
     generator = np.random.default_rng(seed)
     groups: dict[str, list[Point]] = {}
     for index, point in enumerate(points):
         groups.setdefault(point.run or f"#{index}", []).append(point)
-    names = list(groups)
+    strata: dict[float | None, list[list[Point]]] = {}
+    planned = all(point.budget for point in points)
+    for group in groups.values():
+        strata.setdefault(group[0].budget if planned else None, []).append(group)
     found = []
     for _ in range(rounds):
-        drawn = generator.choice(len(names), size=len(names))
-        chosen = [point for number in sorted(set(drawn.tolist())) for point in groups[names[number]]]
+        chosen: list[Point] = []
+        for members in strata.values():
+            for copy, number in enumerate(generator.choice(len(members), size=len(members))):
+                chosen += [replace(p, run=f"{p.run}#{copy}" if p.run else "") for p in members[number]]
         laws = fit(chosen)
         if laws is not None:
             found.append(laws)
