@@ -91,6 +91,8 @@ def _log(arguments: argparse.Namespace, plan: Any, written: list[Path], results:
     for result in results:
         family = re.sub(r"[^\w .:-]", "_", result.family, flags=re.ASCII) or "points"  # what MLflow takes
         for name, form in result.forms.items():
+            if not form.determined:
+                continue
             for symbol, interval in form.parameters.items():
                 figures[f"fit/{family}/{name}/{symbol}"] = interval.value
             figures[f"fit/{family}/{name}/N_opt_exponent"] = form.exponent.value

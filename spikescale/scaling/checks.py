@@ -13,9 +13,12 @@ LEAST_VALUES = 4  # different sizes, and numbers of tokens
 LEAST_SPAN = 10.0  # largest over smallest
 LARGEST_CONDITION = 300.0
 LARGEST_CORRELATION = 0.95
+LEAST_DETERMINED = 3  # different sizes, and numbers of tokens: a term has a constant, a factor, an exponent
+UNDETERMINED_CONDITION = 1e8  # from here on the points leave a direction of the parameters open
 OFF_CENTRE = 0.5  # half-widths
 PASSES = 4.0  # over the data, from which on repeated tokens are worth much less than new ones
 FLOP_SPREAD = 1.25
+BLANKED = "its parameters, intervals and forecasts are left blank"
 
 
 def check_data(data: Data, points: Sequence[Point], parameters: int) -> list[str]:
@@ -73,6 +76,18 @@ def check_fit(fitted: Fitted, data: Data) -> list[str]:
             f"at the edge of what is searched: {', '.join(fitted.at_bound)}; the data do not tell it"
         )
     return found
+
+
+def undetermined(fitted: Fitted, data: Data) -> str | None:
+    """Why the points do not determine a parametric fit's parameters at all; None where they do."""
+    for values, what in ((data.sizes, "sizes"), (data.tokens, "numbers of tokens")):
+        distinct = len(np.unique(np.round(np.log(values), 3)))
+        if distinct < LEAST_DETERMINED:
+            return f"undetermined: {distinct} different {what}, needs {LEAST_DETERMINED}; {BLANKED}"
+    condition = fitted.condition(data)
+    if condition > UNDETERMINED_CONDITION:
+        return f"undetermined: the condition number of the fit is {condition:.3g}; {BLANKED}"
+    return None
 
 
 def check_profiles(found: Sequence[Profile]) -> list[str]:

@@ -24,6 +24,8 @@ from spikescale.scaling.forms import FORMS, Array
 from spikescale.scaling.parametric import DELTA, Data, Fitted, fit_form
 from spikescale.scaling.points import Count, Point, final_points
 
+BLANK = Interval(float("nan"), float("nan"), float("nan"))
+
 
 @dataclass(frozen=True)
 class Options:
@@ -60,7 +62,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class FormResult:
-    """Approach 3 with one form."""
+    """Approach 3 with one form. Where the points do not determine it, all values and limits are NaN."""
 
     fitted: Fitted
     thetas: Array  # (rounds, K)
@@ -71,13 +73,18 @@ class FormResult:
     condition: float
     validation: Validation | None
     warnings: list[str]
+    determined: bool = True
 
     def predict(self, sizes: Array, tokens: Array, noise: bool = False) -> list[Interval]:
         """The loss at sizes and tokens; with `noise` the interval is that of a single run."""
+        if not self.determined:
+            return [BLANK] * len(sizes)
         return predicted(self.fitted, self.thetas, sizes, tokens, self.confidence, noise)
 
     def best_size(self, flop: Array) -> list[Interval]:
         """N_opt at each FLOP."""
+        if not self.determined:
+            return [BLANK] * len(flop)
         form, centre, factor = self.fitted.form, self.fitted.centre, self.data.flop_factor
         best = form.best_size(self.fitted.theta, centre, flop, factor)
         drawn = np.stack([form.best_size(theta, centre, flop, factor) for theta in self.thetas])
@@ -144,6 +151,20 @@ def _form_result(
 ) -> FormResult:
     form = FORMS[name]
     fitted = fit_form(form, data, options.delta)
+    reason = checks.undetermined(fitted, data)
+    if reason is not None:
+        return FormResult(
+            fitted,
+            np.empty((0, len(form.symbols))),
+            data,
+            options.confidence,
+            dict.fromkeys(form.symbols, BLANK),
+            BLANK,
+            fitted.condition(data),
+            None,
+            [reason],
+            determined=False,
+        )
     thetas = resampled(
         fitted, data, options.rounds, options.delta, options.seed, options.resampling, progress
     )
@@ -173,7 +194,7 @@ def _form_result(
 def validate(
     name: str, finals: Sequence[Point], options: Options, progress: Callable[[], None] = lambda: None
 ) -> Validation | None:
-    """Leave the largest model out, fit the others, predict it; None when too few points would be left."""
+    """Leave the largest model out, fit the others, predict it; None when too little would be left."""
     form = FORMS[name]
     largest = max(point.size(options.count) for point in finals)
     left = [point for point in finals if point.size(options.count) == largest]
@@ -182,6 +203,8 @@ def validate(
         return None
     data = Data.of(kept, options.count)
     fitted = fit_form(form, data, options.delta)
+    if checks.undetermined(fitted, data) is not None:
+        return None
     thetas = resampled(
         fitted, data, options.rounds, options.delta, options.seed + 1, options.resampling, progress
     )

@@ -12,8 +12,8 @@ from spikescale.scaling.tables import compact, show_table
 
 
 def between(interval: Interval | None) -> str:
-    """`0.34 (0.31 to 0.38)`."""
-    if interval is None:
+    """`0.34 (0.31 to 0.38)`; `-` for what is not known."""
+    if interval is None or np.isnan(interval.value):
         return "-"
     return f"{interval.value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 

@@ -210,7 +210,7 @@ def _energy_table(content: Content) -> str:
 def _worths(content: Content) -> dict[str, list[Worth]]:
     by_name = {result.family: result for result in content.results}
     twin = figures.main_form(by_name[content.twin]) if content.twin in by_name else None
-    if twin is None:
+    if twin is None or not twin.determined:
         return {}
     return {
         result.family: worth(result.points, twin, result.options.count)

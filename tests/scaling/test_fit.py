@@ -1,6 +1,8 @@
 """Fits find the law that points were made from, and say when points cannot tell."""
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +11,11 @@ from synthetic import CHINCHILLA, KAPLAN, SIZES, chinchilla, grid, kaplan
 from spikescale.errors import UserError
 from spikescale.scaling import checks
 from spikescale.scaling.approaches import envelope, optima_of, power_laws, profiles
-from spikescale.scaling.bootstrap import Interval, predicted, resampled
-from spikescale.scaling.fit import Options, fit_family, validate
+from spikescale.scaling.bootstrap import Interval, predicted, resampled, resampled_laws
+from spikescale.scaling.fit import Options, as_json, fit_family, predictions, validate
 from spikescale.scaling.forms import FORMS
 from spikescale.scaling.parametric import Data, fit_form, huber
-from spikescale.scaling.points import Point
+from spikescale.scaling.points import Point, final_points
 
 
 @pytest.mark.parametrize(
@@ -196,3 +198,67 @@ def test_good_points_are_not_warned_of_and_bad_condition_is():
 def test_fewer_points_than_parameters_are_refused():
     with pytest.raises(UserError, match="5 parameters cannot be fitted to 4 points"):
         fit_family("a", grid()[:4], Options(rounds=5))
+
+
+def test_infinite_samples_give_infinite_limits_and_no_nan():
+    found = Interval.of(1.0, np.array([1.0, 2.0, 3.0, np.inf, np.inf, np.inf, np.nan]), 0.9)
+    assert (found.low, found.high) == (1.0, np.inf)
+    found = Interval.of(1.0, np.array([0.5, np.inf, np.inf]), 0.4)
+    assert (found.low, found.high) == (0.5, np.inf)
+    assert Interval.of(1.0, np.full(5, np.inf), 0.9).low == np.inf
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_a_resample_draws_twice_counts_twice_and_profiles_keep_their_number(named):
+    points = [replace(p, run=f"r{i}" if named else "") for i, p in enumerate(isoflop())]
+    seen = []
+
+    def fit(chosen):
+        seen.append(final_points(chosen))
+        return power_laws(optima_of(profiles(chosen, "total")))
+
+    resampled_laws(points, fit, 5, 0)
+    assert len(seen) == 5
+    for chosen in seen:
+        assert Counter(p.budget for p in chosen) == Counter(p.budget for p in points)
+        assert max(Counter((p.parameters, p.tokens) for p in chosen).values()) > 1
+
+
+def test_curves_are_drawn_whole_and_lengths_drawn_twice_make_no_new_profile():
+    curves = [Point(n, d, 2.0, 6 * n * d, run=f"{n:.0f}") for n in SIZES for d in (1e6, 2e6, 4e6)]
+    seen = []
+    resampled_laws(curves, seen.append, 4, 0)
+    for chosen in seen:
+        assert set(Counter(point.run for point in chosen).values()) == {3}
+        assert len({point.run for point in chosen}) == len(SIZES)
+        assert len({point.parameters for point in chosen}) < len(SIZES)
+    once = profiles(grid(), "total")
+    assert [p.flop for p in profiles(grid() * 2, "total")] == [p.flop for p in once]
+
+
+@pytest.mark.parametrize(
+    ("points", "reason"),
+    [
+        (grid(noise=0.003, tokens=[1e6, 2e6]), "undetermined: 2 different numbers of tokens, needs 3"),
+        (grid(noise=0.003, sizes=SIZES[:2]), "undetermined: 2 different sizes, needs 3"),
+    ],
+)
+def test_what_points_leave_open_is_left_blank(points, reason):
+    result = fit_family("a", points, Options(rounds=3, approaches=(3,)))
+    for form in as_json(result)["approach_3"].values():
+        assert form["warnings"][0].startswith(reason)
+        for interval in (*form["parameters"].values(), form["N_opt_exponent"]):
+            assert interval == {"value": None, "low": None, "high": None}
+        assert form["leave_largest_out"] is None
+    (row,) = predictions(result, [(1e7, 1e8)])
+    assert row["chinchilla"] == row["kaplan"] == {"value": None, "low": None, "high": None}
+    (best,) = result.forms["chinchilla"].best_size(np.array([1e14]))
+    assert np.isnan([best.value, best.low, best.high]).all()
+
+
+def test_a_fit_whose_condition_explodes_is_left_blank(monkeypatch):
+    data = Data.of(grid(noise=0.001), "total")
+    fitted = fit_form(FORMS["chinchilla"], data)
+    assert checks.undetermined(fitted, data) is None
+    monkeypatch.setattr(checks, "UNDETERMINED_CONDITION", 10.0)
+    assert "the condition number of the fit is" in checks.undetermined(fitted, data)

@@ -13,6 +13,7 @@ from spikescale.scaling.fit import Options, fit_family
 from spikescale.scaling.forecast import forecast
 from spikescale.scaling.ladder import Size
 from spikescale.scaling.points import write_points
+from spikescale.scaling.report import Content, write_report
 from spikescale.scaling.twin import worth
 
 OPTIONS = Options(rounds=8, forms=("chinchilla",), approaches=(3,))
@@ -55,6 +56,16 @@ def test_forecast_is_the_law_at_the_presets_own_cost(points):
     assert found[0].loss.value == pytest.approx(truth, rel=0.01)
     assert found[0].loss.low < truth < found[0].loss.high
     assert found[0].beyond == pytest.approx(1e18 / max(p.flop for p in points))
+
+
+def test_a_page_of_laws_that_points_leave_open_has_dashes(points, tmp_path):
+    few = [p for p in points if p.tokens in sorted({p.tokens for p in points})[:2]]
+    results = [fit_family(f, [p for p in few if p.family == f], OPTIONS) for f in ("rwkv", "<b>spiking")]
+    write_report(Content("Open", results, "rwkv", 257, [1e15]), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "undetermined: 2 different numbers of tokens" in text
+    assert "E = -, A = -" in text
+    assert ">nan" not in text
 
 
 @pytest.mark.slow
