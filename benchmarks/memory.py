@@ -110,7 +110,8 @@ def rows() -> list[Row]:
     found += [Row("216m", 1, checkpointing=True), Row("216m", 1, precision="bfloat16")]
     found += [Row("216m", 2, 2, checkpointing=True, precision="bfloat16")]
     found += [Row("216m", 3, 2, checkpointing=True), Row("216m", 2, 2, "cpu")]
-    found += [Row("430m", 0, checkpointing=True), Row("1b2", 3, 1, "nvme", checkpointing=True)]
+    found += [Row("430m", 0, checkpointing=True)]
+    found += [Row(model, 3, 1, "nvme", checkpointing=True) for model in ("46m", "216m", "1b2")]
     return found
 
 

@@ -33,7 +33,7 @@ class Device:
 GPU_BASELINE = round(1.2 * GIB)
 GPU_EFFICIENCY = 0.5  # of the peak, for large matrix products within a training step; assumed
 HOST_BASELINE = round(1.5 * GIB)  # libraries of a process that drives a GPU; assumed
-CPU_BASELINE = round(0.5 * GIB)  # Python, torch, DeepSpeed and the compiled operators; measured
+CPU_BASELINE = round(0.4 * GIB)  # Python, torch, DeepSpeed and the compiled operators; measured
 
 DEVICES = {
     "h100": Device(

@@ -23,7 +23,7 @@ from spikescale.planning.activations import FLOAT, Activations, activations
 DOUBLE = 8  # bytes of a number while DeepSpeed computes norms
 GATHERED_BUCKETS = 5  # all-gather buckets of weights that stage 3 keeps gathered (training/offload.py)
 ALLREDUCE_ELEMENTS = 500_000_000  # of one all-reduce at stage 0, DeepSpeed's constant
-SWAPPED_TENSORS = 4  # weight, gradient and two moments of one group that is being updated
+SWAPPED_TENSORS = 8  # weight, gradient and two moments of a group that is updated; twice that is measured
 LARGE = 160 << 20  # bytes of a block that a process on a CPU gives back at stage 3, as measured
 
 
@@ -430,11 +430,12 @@ class _States:
         """What a process on a CPU grows by at stage 3, over the first eight steps, beside its parts.
 
         Measured, not derived: activations, between which weights are gathered and let go, do not fit where
-        those of the step before lay; where few wait, as blocks are recomputed, gathered weights do not.
+        those of the step before lay; where few wait, as blocks are recomputed, it is the room that the whole
+        weights left when they were cut up, and that of gathered ones.
         """
         if not self.workload.on_cpu or self.stage < 3:
             return 0
-        return max(self.activations.kept, 2 * self._gathered())
+        return max(self.activations.kept, self.weights + self._gathered())
 
     def gathering(self) -> Phase | None:
         """Weights are gathered; gloo, on CPUs, does it in a copy, and stage 3 also reduces in one."""
