@@ -27,10 +27,10 @@ from spikescale.errors import UserError
 from spikescale.files import read_json
 
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    "from random weights": (["--method", "full"], (2e-3, 4e-3, 8e-3)),
-    "full": (["--method", "full"], (1e-3, 2e-3, 4e-3)),
-    "frozen": (["--method", "frozen"], (1e-3, 2e-3, 4e-3)),
-    "lora": (["--method", "lora", "--rank", "8"], (4e-3, 1e-2, 2e-2)),
+    "from random weights": (["--method", "full"], (8e-3, 1.6e-2, 3.2e-2)),
+    "full": (["--method", "full"], (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "frozen": (["--method", "frozen"], (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "lora": (["--method", "lora", "--rank", "8"], (1e-2, 2e-2, 4e-2, 8e-2)),
 }
 
 
