@@ -108,8 +108,8 @@ def test_every_run_of_a_plan_is_done_once_whatever_happens_to_it(plan, tmp_path)
         assert status == {"trunk": "finished", "short": "open", "long": "finished", "whole": "finished"}
         assert {name: len(lines) for name, lines in state.failures.items()} == {"trunk": 1, "whole": 1}
     console = (plan.output / "whole" / "console.txt").read_text()
-    # The signal of step 5 is seen at the end of that step, or of one of the next.
-    assert any(int(step) >= 5 for step in re.findall(r"resumed at step (\d+)", console)), console
+    # The signal of step 5 is seen at the end of that step, or of a later one; on a busy machine of the last.
+    assert all(int(step) >= 5 for step in re.findall(r"resumed at step (\d+)", console)), console
     # A branch is the whole run, bit for bit.
     assert list(losses(plan, "long")) == [10, 11, 12]
     whole = losses(plan, "whole")
