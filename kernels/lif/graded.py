@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spikescale.errors import UserError
 from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.surrogate import atan_derivative, heaviside
 
@@ -39,13 +40,14 @@ def graded_lif(
     detach_reset: bool = False,
     surrogate_alpha: float = 2.0,
     reset: Tensor | None = None,
-    reference: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Graded spikes (B, T, C) in x's dtype, whole numbers up to `levels`, and the final membrane (B, C).
 
-    Arguments as for `lif`; `reference` computes and differentiates the definition step by step. Any device
-    and float dtype; the membrane is float32 (float64 for float64 x). A NaN membrane gives a NaN spike.
-    Raises ValueError for shapes that do not match or fewer levels than one.
+    Arguments as for `lif`; the backend "reference" computes and differentiates the definition step by step,
+    "auto" runs the kernel or, which it says once, a loop of torch's operators. Any device and float dtype;
+    the membrane is float32 (float64 for float64 x). A NaN membrane gives a NaN spike. Raises ValueError for
+    shapes that do not match or fewer levels than one, UserError for a named backend that has no kernel.
     """
     if levels < 1 or x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, time, channels), levels >= 1, not {tuple(x.shape)}, {levels}")
@@ -54,9 +56,9 @@ def graded_lif(
         v = torch.zeros(x.shape[0], x.shape[2], dtype=dtype, device=x.device)
     options = (levels, signed, v_reset, soft_reset, detach_reset, surrogate_alpha)
     taus, thresholds = (torch.as_tensor(p, dtype=dtype, device=x.device) for p in (tau, v_threshold))
-    if reference:
+    if backend == "reference":
         return _definition(x, v, reset, taus, thresholds, *options)
-    spikes, v = _fast(x.to(dtype), v, reset, taus, thresholds, options)
+    spikes, v = _fast(x.to(dtype), v, reset, taus, thresholds, options, backend)
     return spikes.to(x.dtype), v
 
 
@@ -191,15 +193,28 @@ def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 @not_compiled  # a loop over tokens is not worth unrolling into a graph
 def _fast(
-    x: Tensor, v: Tensor, reset: Tensor | None, tau: Tensor, threshold: Tensor, options: tuple[Any, ...]
+    x: Tensor,
+    v: Tensor,
+    reset: Tensor | None,
+    tau: Tensor,
+    threshold: Tensor,
+    options: tuple[Any, ...],
+    backend: str,
 ) -> Any:
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    serves = x.device.type == "cpu" and x.dtype == torch.float32 and backend != "triton"
+    if serves:
         from spikescale.kernels.lif.graded_cpu import CompiledGradedLIF, library
 
         if library() is not None:
             each = (parameter.expand(x.shape[-1]) for parameter in (tau, threshold))
             return CompiledGradedLIF.apply(x, v, reset, *each, options)
-    else:
+    if backend != "auto":
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise UserError(
+            f"backend {backend!r} of graded spikes: no kernel for {dtype} tensors on {x.device.type};"
+            " use 'auto' or 'reference'"
+        )
+    if not serves:
         _say_slow(x.device.type, x.dtype)
     return _Composed.apply(x, v, reset, tau, threshold, options)
 

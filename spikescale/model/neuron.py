@@ -109,7 +109,7 @@ class LIF(Neuron):
                 tau=tau,
                 v_threshold=threshold,
                 reset=reset,
-                reference=self.backend == "reference",
+                backend=self.backend,
                 **options,
             )
         spikes = spikes.to(x.dtype)

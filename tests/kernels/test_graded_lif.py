@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spikescale.errors import UserError
 from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.lif.graded import _say_slow
 from spikescale.kernels.lif.graded_cpu import library
@@ -55,7 +56,7 @@ def test_spikes_and_membranes_are_those_of_the_formula(levels, signed, soft):
 @pytest.mark.parametrize(("soft", "detach"), MODES)
 def test_composed_gradients_are_those_of_the_definition(levels, signed, soft, detach):
     results = []
-    for reference in (True, False):
+    for backend in ("reference", "auto"):
         leaves, reset = case()
         x, v, tau, threshold = leaves
         options = {"soft_reset": soft, "detach_reset": detach, "v_reset": 0.2, "surrogate_alpha": 3.0}
@@ -67,7 +68,7 @@ def test_composed_gradients_are_those_of_the_definition(levels, signed, soft, de
             tau=tau,
             v_threshold=threshold,
             reset=reset,
-            reference=reference,
+            backend=backend,
             **options,
         )
         generator = torch.Generator().manual_seed(1)
@@ -87,7 +88,7 @@ def test_composed_gradients_are_those_of_the_definition(levels, signed, soft, de
 def test_compiled_neurons_fire_bit_for_bit_like_the_definition(levels, signed, soft, shape, detach):
     assert library() is not None
     results = []
-    for reference in (True, False):
+    for backend in ("reference", "auto"):
         generator = torch.Generator().manual_seed(4)
         x = (2 * torch.randn(*shape, generator=generator)).transpose(0, 1).contiguous().transpose(0, 1)
         x, v = x.requires_grad_(), torch.randn(shape[0], shape[2], generator=generator).requires_grad_()
@@ -96,7 +97,7 @@ def test_compiled_neurons_fire_bit_for_bit_like_the_definition(levels, signed, s
         threshold = (0.2 + torch.rand(shape[2], generator=generator)).requires_grad_()
         options = {"tau": tau, "v_threshold": threshold, "v_reset": -0.1, "soft_reset": soft, "reset": reset}
         options["detach_reset"] = detach
-        spikes, end = graded_lif(x, v, levels=levels, signed=signed, reference=reference, **options)
+        spikes, end = graded_lif(x, v, levels=levels, signed=signed, backend=backend, **options)
         weights = torch.randn(shape, generator=generator)
         (spikes * weights).sum().add((end * weights[:, 0]).sum()).backward()
         results.append([spikes.detach(), end.detach(), x.grad, v.grad, tau.grad, threshold.grad])
@@ -142,3 +143,12 @@ def test_where_no_kernel_serves_it_is_said_once(caplog):
         graded_lif(torch.ones(1, 2, 3, dtype=torch.float64), levels=3)
     (record,) = caplog.records
     assert "float64 tensors on cpu" in record.getMessage()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu-plain", "triton"])
+def test_a_named_backend_without_a_kernel_is_refused(backend):
+    with pytest.raises(UserError, match=f"backend '{backend}' of graded spikes: no kernel for float64"):
+        graded_lif(torch.ones(1, 2, 3, dtype=torch.float64), levels=3, backend=backend)
+    if backend == "triton":
+        with pytest.raises(UserError, match="float32 tensors on cpu"):
+            graded_lif(torch.ones(1, 2, 3), levels=3, backend=backend)
