@@ -58,7 +58,7 @@ setup(
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "megatron-core>=0.16.1,<0.17",
-        "ray>=2.60,<2.61",
+        "ray[client]>=2.60,<2.61",
         "datasets>=5.2,<6",
         "mlflow>=3.17,<3.18",
         "sentencepiece>=0.2.1,<0.3",
