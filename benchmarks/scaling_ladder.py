@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from common import positive
 
@@ -32,29 +33,44 @@ FAMILIES = "spikegpt,rwkv"
 SWEEP = {
     "--sizes": "4x32,4x64,4x128",
     "--tokens": "0.3M",
-    "--lrs": "2e-3,4e-3,8e-3,1.6e-2",
+    "--lrs": "2e-3,4e-3,8e-3,1.6e-2,3.2e-2",
     "--warmup-steps": "30",
 }
-# Tokenizer, corpora, share held out for validation, sizes, lengths, most FLOP of a run.
+
+
+class Rungs(NamedTuple):
+    """One ladder; the last of its sizes is the one that is predicted before it runs."""
+
+    tokenizer: str
+    corpora: tuple[str, ...]
+    valid: str  # share held out
+    sizes: str
+    tokens: str
+    most_flop: str  # of a run
+
+    @property
+    def largest(self) -> str:
+        return self.sizes.split(",")[-1]
+
+
 LADDERS = {
-    "byte": (
+    "byte": Rungs(
         "byte",
         ("linux-docs", "python-docs", "sotu"),
         "0.006",
-        "4x32,4x48,4x64,4x96,4x128,4x192",
+        "4x32,4x48,4x64,4x96,4x128,4x192,4x256",
         "0.25M,0.5M,1M,2M,4M",
-        "1.2e13",
+        "2.4e13",
     ),
-    "bpe": (
+    "bpe": Rungs(
         "sentencepiece:2048:bpe",
         ("python-docs", "sotu"),
         "0.02",
-        "4x32,4x64,4x96,4x128,4x192",
+        "4x24,4x32,4x64,4x96,4x128,4x192,4x256",
         "0.25M,0.5M,1M,2M",
-        "7e12",
+        "3e13",
     ),
 }
-LARGEST = "4x192"
 LEAST_MINUTES = 0.7
 
 
@@ -87,18 +103,18 @@ class Ladder:
 
     def data(self, name: str) -> Path:
         """The corpora of a ladder, cut into chunks that are held out here and there."""
-        tokenizer, corpora, valid, *_ = LADDERS[name]
+        rungs = LADDERS[name]
         folder = Path("data") / f"docs-{name}"
         if not (folder / "manifest.json").exists():
-            chunks = ["--split-unit", "chunk", "--chunk-characters", "4000", "--valid-fraction", valid]
-            for index, corpus in enumerate(corpora):
+            chunks = ["--split-unit", "chunk", "--chunk-characters", "4000", "--valid-fraction", rungs.valid]
+            for index, corpus in enumerate(rungs.corpora):
                 words = [
                     "data",
                     "prepare",
                     "--source",
                     corpus,
                     "--tokenizer",
-                    tokenizer,
+                    rungs.tokenizer,
                     "--output",
                     str(folder),
                 ]
@@ -136,25 +152,25 @@ class Ladder:
 
     def climb(self, name: str) -> None:
         """One ladder, to its report. Raises OverError."""
-        *_, sizes, tokens, most = LADDERS[name]
-        settings = {"--sizes": sizes, "--tokens": tokens, "--max-flop": most}
+        rungs = LADDERS[name]
+        settings = {"--sizes": rungs.sizes, "--tokens": rungs.tokens, "--max-flop": rungs.most_flop}
         settings |= {"--lr-rule": self.rule(), "--warmup-steps": "20"}
         data = self.data(name)
         plan = self.plan(f"ladder-{name}", data, "branches", {**settings, "--evaluate-tokens": "250000"})
         prediction = self.results / f"scaling-{name}-prediction.json"
-        smaller = [f"*-{size}-*" for size in sizes.split(",") if size != LARGEST]
+        smaller = [f"*-{size}-*" for size in rungs.sizes.split(",")[:-1]]
         if not prediction.exists():
             self.run(plan, *smaller)
-            self.predict(plan, prediction)
+            self.predict(plan, rungs.largest, prediction)
         if not _committed(prediction):
-            print(f"commit {prediction}: {LARGEST} runs after that")
+            print(f"commit {prediction}: {rungs.largest} runs after that")
             raise OverError
         self.run(plan)
         self.publish(name, plan)
 
-    def predict(self, plan: Path, path: Path) -> None:
+    def predict(self, plan: Path, largest: str, path: Path) -> None:
         """Write what the smaller sizes say of the largest."""
-        runs = [run for run in read_plan(plan).runs if run.shape == LARGEST and run.kind == "branch"]
+        runs = [run for run in read_plan(plan).runs if run.shape == largest and run.kind == "branch"]
         asked = sorted({f"{run.parameters}:{run.tokens}" for run in runs})
         self.call("scaling", "fit", *self.fitting(plan), "--predict", *asked, "--output", str(path))
 

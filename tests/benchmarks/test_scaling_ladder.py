@@ -16,15 +16,17 @@ def ladder(monkeypatch):
     return importlib.import_module("scaling_ladder")
 
 
-def test_sizes_span_a_factor_of_thirty_and_end_with_the_predicted_one(ladder):
-    for *_, sizes, tokens, _ in ladder.LADDERS.values():
-        shapes = parse_shapes(sizes)
-        bodies = [Size.of(shape.model(ModelConfig(vocab_size=257))).non_embedding for shape in shapes]
+def test_sizes_span_a_factor_of_thirty_by_both_counts_and_end_with_the_predicted_one(ladder):
+    for name, symbols in (("byte", 256), ("bpe", 2048)):
+        rungs = ladder.LADDERS[name]
+        shapes = parse_shapes(rungs.sizes)
+        sizes = [Size.of(shape.model(ModelConfig(vocab_size=symbols))) for shape in shapes]
         assert len(shapes) >= 5
-        assert bodies == sorted(bodies)
-        assert bodies[-1] / bodies[0] > 30
-        assert str(shapes[-1]) == ladder.LARGEST
-        assert len(parse_numbers(tokens, "tokens")) >= 2
+        for counts in ([size.non_embedding for size in sizes], [size.total for size in sizes]):
+            assert counts == sorted(counts)
+            assert counts[-1] / counts[0] > 30
+        assert str(shapes[-1]) == rungs.largest
+        assert len(parse_numbers(rungs.tokens, "tokens")) >= 4
 
 
 def test_a_prediction_counts_once_it_is_committed_and_unchanged(ladder, tmp_path):
