@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from spikescale.files import write_json
 from spikescale.tracking.environment import describe_environment
 
 Result = TypeVar("Result")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,18 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=15, metavar="N", help="timed calls of each kind")
     parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="where the JSON goes")
     return parser
+
+
+def shown_path(path: Path) -> str:
+    """A path as a JSON file names it on every machine: from the project's folder, or its last part."""
+    absolute = path.absolute()  # a link stays what it was called
+    return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else absolute.name
+
+
+def command_line(script: str, words: Sequence[str]) -> str:
+    """The command that made a JSON file, for the file itself."""
+    named = [shown_path(Path(word)) if Path(word).is_absolute() else word for word in words]
+    return shlex.join(["python", f"benchmarks/{script}", *named])
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

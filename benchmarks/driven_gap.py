@@ -16,7 +16,6 @@ import fcntl
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, command_line, shown_path, write_results
 
 from spikescale.config import RunConfig, load_config
 from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.data_pipeline.stream import split_tokens
 from spikescale.energy import PRICES, count_operations, summarise
 from spikescale.evaluation.language_model import evaluate_tokens
-from spikescale.files import write_json, written_aside
-from spikescale.model.store import find_model_folder, load_model_folder
+from spikescale.files import read_json, written_aside
+from spikescale.model.store import SETTINGS, find_model_folder, load_model_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "driven_gap.json"
 TINY = ROOT / "configs" / "run" / "tiny.yaml"
 ENERGY_TOKENS = 16_384  # of the test split, over which operations are counted
@@ -192,7 +191,7 @@ def report(arguments: argparse.Namespace) -> int:
             print(f"measuring {folder.name} ...", file=sys.stderr, flush=True)
             known["seeds"][str(seed)] = measured(folder, arguments.data)
     attempts = {name: found for name, found in attempts.items() if found["seeds"]}
-    write_json(RESULTS, {"attempts": attempts, **setup, "command": command(arguments)})
+    write_results({"attempts": attempts, **setup, "command": command(arguments)}, RESULTS)
     if {"rwkv", "driven"} <= attempts.keys():
         print(table(attempts))
     if attempts:
@@ -229,20 +228,17 @@ def difference(folder: Path, wanted: RunConfig) -> str:
 
 def command(arguments: argparse.Namespace) -> str:
     """The command line; folders outside the project by their last part."""
-    words = ["python", "benchmarks/driven_gap.py", "report"]
-    for option in ("data", "runs"):
-        path = getattr(arguments, option).resolve()
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-        words += [f"--{option}", shown.as_posix()]
+    words = ["report", "--data", shown_path(arguments.data), "--runs", shown_path(arguments.runs)]
     words += ["--seeds", *map(str, arguments.seeds)]
     if arguments.attempts != list(ATTEMPTS):
         words += ["--attempts", *arguments.attempts]
-    return shlex.join(words)
+    return command_line("driven_gap.py", words)
 
 
 def measured(folder: Path, data: Path) -> dict[str, object]:
     """Bits a byte on the whole test split; operations and energy a token on its first tokens."""
-    loaded = load_model_folder(find_model_folder(folder))
+    model = find_model_folder(folder)
+    loaded = load_model_folder(model)
     manifest = load_manifest(data)
     tokens, totals = split_tokens(manifest, "test"), manifest.totals("test")
     nats, scored = evaluate_tokens(
@@ -263,6 +259,7 @@ def measured(folder: Path, data: Path) -> dict[str, object]:
         "projection_ratio": found.projection_ratio,
         "whole_ratio": found.whole_ratio,
         "parameters": loaded.model.count_parameters(),
+        "weights_sha256": read_json(model / SETTINGS)["weights_sha256"],
     }
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from spikescale.config import load_config
 
@@ -121,6 +122,7 @@ def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tm
         "python benchmarks/driven_gap.py report --data words --runs gap --seeds 0 --attempts rwkv driven"
     )
     assert results["command"] == f"{expected} '2 bits'"
+    assert results["machine"]["torch"] == torch.__version__
     assert report()[:2] == (0, [])
     # An attempt that means something else now, and a new budget, price or data set.
     monkeypatch.setitem(gap.ATTEMPTS, "driven", gap.driven(tau=3.0))
@@ -141,6 +143,14 @@ def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tm
     code, new, _ = report()
     assert (code, new) == (1, ["rwkv-s0"])
     assert "driven-s0: left out: model.neuron was" in capsys.readouterr().err
+
+
+def test_a_command_names_no_folder_of_the_machine(gap, tmp_path):
+    common = importlib.import_module("common")
+    inside = common.ROOT / "runs" / "some gap"
+    assert common.command_line("x.py", [str(inside), "--data", str(tmp_path / "words"), "a=1"]) == (
+        "python benchmarks/x.py 'runs/some gap' --data words a=1"
+    )
 
 
 def test_kept_results_are_of_attempts_that_are_still_there(gap):
