@@ -3,8 +3,9 @@
     python benchmarks/data.py                    # preparing, and reading 1e9 tokens
     python benchmarks/data.py --parts reading
 
-Preparing: JSON lines of built-in corpora to GPT-2 tokens, a whole process each time, on two corpora of
-which one is four times the other. Cost is the machine's CPU time, all processes included, so the machine
+Preparing: JSON lines of built-in corpora to GPT-2 tokens, a whole process each time, on two texts: the
+corpora once, and several times over (--copies; so large that what Ray's processes do beside the work weighs
+little). Cost is the machine's CPU time, all processes included, so the machine
 must be idle otherwise. The difference of the two gives the cost of one more token, the rest is fixed:
 starting Python, Ray, and importing. Every row must write the same number of tokens, else nothing is reported.
 
@@ -35,7 +36,6 @@ SOURCES = ("gcide", "linux-docs", "python-docs")
 OURS = ("spikescale, one process", "spikescale, Ray, 1 worker", "spikescale, Ray, 2 workers")
 LIMIT = "plain loop (the limit)"
 ROWS = (*PEERS, *OURS)
-FOLD = 4
 TICKS = os.sysconf("SC_CLK_TCK")
 SHARD_TOKENS = 16_000_000
 
@@ -47,24 +47,20 @@ def cpu_seconds() -> float:
     return (user + nice + system) / TICKS
 
 
-def write_corpora(folder: Path, sources: list[str]) -> dict[str, Path]:
-    """JSON lines of the corpora: every fourth document, and all of them."""
+def write_corpora(folder: Path, sources: list[str], copies: int) -> dict[str, Path]:
+    """JSON lines of the corpora: once, and so many times."""
     from spikescale.data_pipeline.sources import open_source
 
     paths = {"small": folder / "small.jsonl", "large": folder / "large.jsonl"}
-    with (
-        paths["small"].open("w", encoding="utf-8") as small,
-        paths["large"].open("w", encoding="utf-8") as all_,
-    ):
-        number = 0
+    with paths["small"].open("w", encoding="utf-8") as once:
         for name in sources:
             for partition in open_source([name]).partitions():
                 for document in partition.documents():
-                    line = json.dumps({"text": document.text}) + "\n"
-                    all_.write(line)
-                    if number % FOLD == 0:
-                        small.write(line)
-                    number += 1
+                    once.write(json.dumps({"text": document.text}) + "\n")
+    with paths["large"].open("wb") as often:
+        for _ in range(copies):
+            with paths["small"].open("rb") as once_more:
+                shutil.copyfileobj(once_more, often)
     return paths
 
 
@@ -80,7 +76,7 @@ def commands(texts: Path, tokenizer: Path, spec: str, output: Path) -> dict[str,
     program = str(Path(sys.executable).parent / "spikescale")
     prepare = [program, "data", "prepare", "--source", str(texts)]
     prepare += ["--tokenizer", spec, "--quiet", "--valid-fraction", "0"]
-    prepare += ["--test-fraction", "0", "--partition-mib", "8", "--output", str(output / "data")]
+    prepare += ["--test-fraction", "0", "--output", str(output / "data")]
     how = (["--no-ray"], ["--workers", "1"], ["--workers", "2"])
     rows = {name: [*prepare, *words] for name, words in zip(OURS, how, strict=True)}
     peer = [sys.executable, str(HERE / "data_peers.py")]
@@ -113,7 +109,7 @@ def run_once(name: str, texts: Path, tokenizer: Path, spec: str, folder: Path) -
 
 def preparing(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The rows of the first table."""
-    texts, tokenizer = write_corpora(folder, options.sources), folder / "tokenizer"
+    texts, tokenizer = write_corpora(folder, options.sources, options.copies), folder / "tokenizer"
     save_tokenizer(tokenizer, options.tokenizer)
     names = [LIMIT, *(row for row in options.rows if row != LIMIT)]
     runs: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
@@ -286,11 +282,16 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the first table")
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="NAME|PATH", help="of text")
+    parser.add_argument(
+        "--copies", type=positive, default=8, metavar="N", help="of the text in the larger corpus, from 2 on"
+    )
     parser.add_argument("--tokenizer", default="gpt2", metavar="SPEC", help="as for `data prepare`")
     parser.add_argument("--steps", type=positive, default=300, help="batches read at each point")
     parser.add_argument("--tokens", type=positive, default=1_000_000_000, help="of the data set that is read")
     parser.add_argument("--folder", type=Path, help="keep and reuse the data set that is read here")
     options = parser.parse_args()
+    if options.copies < 2:
+        parser.error(f"--copies {options.copies}: from 2 on")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

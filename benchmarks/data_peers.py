@@ -33,6 +33,7 @@ def plain_loop(texts: Path, tokenizer_folder: Path, output: Path) -> int:
 def datasets_map(texts: Path, tokenizer_folder: Path, output: Path) -> int:
     """HF datasets: load_dataset, map over batches in two processes, save_to_disk. Tokens written."""
     import datasets
+    import pyarrow.compute as pc
 
     datasets.disable_progress_bars()
     cache = str(output / "cache")
@@ -44,7 +45,7 @@ def datasets_map(texts: Path, tokenizer_folder: Path, output: Path) -> int:
 
     mapped = data.map(encode, batched=True, num_proc=2, remove_columns=data.column_names)
     mapped.save_to_disk(str(output / "saved"))
-    return int(sum(sum(map(len, batch["ids"])) for batch in mapped.iter(batch_size=BATCH)))
+    return sum(pc.sum(pc.list_value_length(chunk)).as_py() for chunk in mapped.data.column("ids").chunks)
 
 
 def ray_data(texts: Path, tokenizer_folder: Path, output: Path) -> int:

@@ -35,6 +35,7 @@ SWEEP = {
     "--tokens": "0.3M",
     "--lrs": "2e-3,4e-3,8e-3,1.6e-2,3.2e-2",
     "--warmup-steps": "30",
+    "--evaluate-tokens": "250000",
 }
 
 

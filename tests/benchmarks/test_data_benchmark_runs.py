@@ -23,11 +23,22 @@ def test_rows_that_write_the_same_tokens_are_compared(tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": f"document {number} " + "word " * (number % 50)}) for number in range(400)]
     texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    rows = ["spikescale, one process", "Megatron style, 2 processes"]
-    words = ["--parts", "preparing", "--sources", str(texts), "--tokenizer", "byte", "--repeats", "1"]
+    rows = ["spikescale, one process", "datasets.map, 2 processes", "Megatron style, 2 processes"]
+    words = [
+        "--parts",
+        "preparing",
+        "--sources",
+        str(texts),
+        "--tokenizer",
+        "byte",
+        "--repeats",
+        "1",
+        "--copies",
+        "2",
+    ]
     found = run(tmp_path, *words, "--rows", *rows)["preparing"]
     assert [row["name"] for row in found] == ["plain loop (the limit)", *rows]
-    expected = sum(len(json.loads(line)["text"]) + 1 for line in lines)
+    expected = 2 * sum(len(json.loads(line)["text"]) + 1 for line in lines)
     assert {row["tokens"] for row in found} == {expected}
     assert all(row["cpu_seconds"] > 0 for row in found)
 
