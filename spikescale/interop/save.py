@@ -1,6 +1,7 @@
 """Models as the files of other programs."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ from spikescale.tensor_shards import write_sharded
 Format = Literal["spikescale", "spikegpt", "rwkv4", "hf-rwkv", "hf", "nir"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PTH = "model.pth"
+
+logger = logging.getLogger(__name__)
 _OF_TRAINING = {"detach_reset", "surrogate_alpha"}  # of a neuron: what running it does not depend on
 
 
@@ -52,6 +55,12 @@ def export_model(
     if any(hasattr(parameter, "qdata") for parameter in loaded.model.parameters()):
         raise UserError(f"{folder}: has 8-bit weights; export the model that it was made from")
     _refuse_unsupported(loaded.config, kind, dtype, max_shard_bytes)
+    if loaded.config.reset_at_documents and kind not in ("spikescale", "hf"):
+        logger.warning(
+            "--format %s: this model forgets at the end of a document (model.reset_at_documents) and the"
+            " programs for this format do not; give each document a fresh state there",
+            kind,
+        )
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if kind == "spikescale":
         save_model_folder(destination, weights, loaded.config, loaded.tokenizer, loaded.info, max_shard_bytes)

@@ -111,3 +111,14 @@ def test_another_epsilon_and_tied_embeddings_are_noticed(tmp_path, capsys):
     assert "assumed head: tied to the embeddings" in capsys.readouterr().out
     loaded = load_model_folder(tmp_path / "m").model
     assert torch.equal(loaded.head.weight, loaded.embedding.weight)
+
+
+def test_a_model_that_forgets_between_documents_says_that_others_do_not(tmp_path, saved, caplog):
+    for forgets in (False, True):
+        _, folder = saved(tiny("rwkv", layers=2 + forgets, reset_at_documents=forgets))
+        for kind in ("hf-rwkv", "spikescale"):
+            caplog.clear()
+            output = tmp_path / f"{kind}-{forgets}"
+            assert main(["export", str(folder), str(output), "--format", kind]) == 0
+            said = "give each document a fresh state" in caplog.text
+            assert said == (forgets and kind == "hf-rwkv")
