@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.errors import UserError
-from spikescale.files import write_json
+from spikescale.files import read_json, write_json
+from spikescale.model.store import SETTINGS, find_model_folder
 from spikescale.tracking.environment import describe_environment
 
 Result = TypeVar("Result")
@@ -144,6 +146,18 @@ def command_line(script: str, words: Sequence[str]) -> str:
     """The command that made a JSON file, for the file itself."""
     named = [shown_path(Path(word)) if Path(word).is_absolute() else word for word in words]
     return shlex.join(["python", f"benchmarks/{script}", *named])
+
+
+def described_data(folder: Path) -> dict[str, str]:
+    """Which prepared data it is: its source and its fingerprint. Raises UserError."""
+    manifest = load_manifest(folder)
+    return {"source": manifest.source, "sha256": manifest.sha256}
+
+
+def described_model(run: Path) -> dict[str, Any]:
+    """Which model a run (or any folder that holds one) ended with. Raises UserError."""
+    settings = read_json(find_model_folder(run) / SETTINGS)
+    return {"variant": settings["config"]["variant"], "weights_sha256": settings["weights_sha256"]}
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, command_line, shown_path, write_results
+from common import ROOT, command_line, described_data, described_model, shown_path, write_results
 
 from spikescale.config import RunConfig, load_config
 from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.data_pipeline.stream import split_tokens
 from spikescale.energy import PRICES, count_operations, summarise
 from spikescale.evaluation.language_model import evaluate_tokens
-from spikescale.files import read_json, written_aside
-from spikescale.model.store import SETTINGS, find_model_folder, load_model_folder
+from spikescale.files import written_aside
+from spikescale.model.store import find_model_folder, load_model_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "driven_gap.json"
 TINY = ROOT / "configs" / "run" / "tiny.yaml"
@@ -169,12 +169,11 @@ def words_of(arguments: argparse.Namespace, name: str, seed: int) -> list[str]:
 
 def report(arguments: argparse.Namespace) -> int:
     """Measure what is finished; write the JSON, the picture, and a table in Markdown to standard output."""
-    manifest = load_manifest(arguments.data)
     setup = {
         "budget": BUDGET,
         "energy_tokens": ENERGY_TOKENS,
         "prices": "45nm-float32",
-        "data": {"source": manifest.source, "sha256": manifest.sha256},
+        "data": described_data(arguments.data),
     }
     attempts = still_valid(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}, setup)
     strange = 0
@@ -237,8 +236,7 @@ def command(arguments: argparse.Namespace) -> str:
 
 def measured(folder: Path, data: Path) -> dict[str, object]:
     """Bits a byte on the whole test split; operations and energy a token on its first tokens."""
-    model = find_model_folder(folder)
-    loaded = load_model_folder(model)
+    loaded = load_model_folder(find_model_folder(folder))
     manifest = load_manifest(data)
     tokens, totals = split_tokens(manifest, "test"), manifest.totals("test")
     nats, scored = evaluate_tokens(
@@ -259,7 +257,7 @@ def measured(folder: Path, data: Path) -> dict[str, object]:
         "projection_ratio": found.projection_ratio,
         "whole_ratio": found.whole_ratio,
         "parameters": loaded.model.count_parameters(),
-        "weights_sha256": read_json(model / SETTINGS)["weights_sha256"],
+        "weights_sha256": described_model(folder)["weights_sha256"],
     }
 
 

@@ -85,7 +85,7 @@ def test_what_is_finished_is_not_trained_again_and_a_pupil_needs_its_teacher(gap
 
 
 def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tmp_path, monkeypatch, capsys):
-    manifest = argparse.Namespace(source="text", sha256="abc")
+    data = {"source": "text", "sha256": "abc"}
     measured = []
 
     def measure(folder, data):
@@ -93,7 +93,7 @@ def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tm
         return found("x", [2.0 if folder.name == "rwkv-s0" else 3.0])["seeds"]["0"]
 
     monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.json")
-    monkeypatch.setattr(gap, "load_manifest", lambda path: manifest)
+    monkeypatch.setattr(gap, "described_data", lambda path: data)
     monkeypatch.setattr(gap, "measured", measure)
     monkeypatch.setattr(gap, "draw", lambda attempts, path: None)
     arguments = argparse.Namespace(
@@ -128,7 +128,7 @@ def test_only_measurements_of_the_same_budget_data_and_settings_are_kept(gap, tm
     monkeypatch.setitem(gap.ATTEMPTS, "driven", gap.driven(tau=3.0))
     finish("driven")
     assert report()[:2] == (0, ["driven-s0"])
-    manifest.sha256 = "def"
+    data["sha256"] = "def"
     code, new, results = report()
     assert new == ["driven-s0", "rwkv-s0"] and results["data"]["sha256"] == "def"
     capsys.readouterr()

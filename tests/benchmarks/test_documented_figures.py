@@ -1,0 +1,156 @@
+"""The scripts behind tables of the documents run, in small, and write what the tables are made of."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikescale.cli.main import main as spikescale
+from spikescale.config import ModelConfig
+from spikescale.data_pipeline.manifest import load_manifest
+from spikescale.data_pipeline.tokenizers import make_tokenizer
+from spikescale.energy import PRICES
+from spikescale.model import SpikeGPT
+from spikescale.model.store import save_model_folder
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a module of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def results(module, output, *words):
+    """The JSON that a script writes, its threads and its machine's description aside."""
+    threads = torch.get_num_threads()
+    try:
+        assert module.main([*map(str, words), "--output", str(output)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["machine"]["torch"] == torch.__version__
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text").mkdir()
+    for number in range(20):
+        (folder / "text" / f"{number}.txt").write_text("to be or not to be " * (2 + number))
+    words = [
+        "data",
+        "prepare",
+        "--source",
+        str(folder / "text"),
+        "--tokenizer",
+        "byte",
+        "--no-ray",
+        "--quiet",
+    ]
+    words += ["--output", str(folder / "words"), "--valid-fraction", "0.2", "--test-fraction", "0.3"]
+    assert spikescale(words) == 0
+    return folder / "words"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Of two variants, with random weights."""
+    folders = []
+    for variant in ("rwkv", "spikegpt-driven"):
+        config = ModelConfig(
+            layers=2,
+            width=16,
+            vocab_size=256,
+            context_length=32,
+            variant=variant,
+            binary_embedding=variant != "rwkv",
+        )
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            name: p.detach() + 0.3 * torch.randn(p.shape, generator=generator)
+            for name, p in SpikeGPT(config).named_parameters()
+        }
+        folders.append(tmp_path_factory.mktemp("runs") / variant)
+        save_model_folder(folders[-1], weights, config, make_tokenizer("byte"), {})
+    return folders
+
+
+def test_strides_are_those_of_the_command(script, models, data, tmp_path, capsys):
+    module = script("evaluation_strides")
+    words = [*models, "--data", data, "--limit", "100", "--strides", "8"]
+    found = results(module, tmp_path / "strides.json", *words)
+    assert found["data"] == {"source": load_manifest(data).source, "sha256": load_manifest(data).sha256}
+    assert found["command"] == (
+        "python benchmarks/evaluation_strides.py rwkv spikegpt-driven --data words --limit 100 --strides 8"
+        " --output strides.json"
+    )
+    capsys.readouterr()
+    for run in models:
+        row = found["rows"][run.name]
+        settings = json.loads((run / "model.json").read_text())
+        assert (row["variant"], row["weights_sha256"]) == (run.name, settings["weights_sha256"])
+        assert (row["window"], row["tokens"]) == (32, 100)
+        assert set(row["bits_per_byte"]) == {"default", "--stride 8", "--state carry"}
+        assert row["bits_per_byte"]["default"] != row["bits_per_byte"]["--stride 8"]
+        command = ["evaluate", str(run), "--data", str(data), "--limit", "100", "--stride", "8", "--json"]
+        assert spikescale(command) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert row["bits_per_byte"]["--stride 8"] == pytest.approx(shown["bits_per_byte"])
+    assert module.main([str(tmp_path / "none"), "--data", str(data)]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
+
+
+def test_energy_is_given_at_every_price(script, models, data, tmp_path):
+    found = results(
+        script("energy_variants"), tmp_path / "energy.json", *models, "--data", data, "--limit", 64
+    )
+    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+    rwkv, driven = (found["rows"][run.name] for run in models)
+    for price in PRICES:
+        assert rwkv["at_prices"][price]["whole_ratio"] == pytest.approx(1.0)
+        assert driven["at_prices"][price]["whole_ratio"] > 1.2
+    assert rwkv["accumulations"] == 0 < driven["accumulations"]
+    loihi = driven["accumulations_microjoules_on_chips"]["Loihi (14 nm)"]
+    assert loihi == pytest.approx(driven["accumulations"] * 23.6e-6)
+    assert found["prices"]["45nm-float32"]["mac"] == pytest.approx(4.6)
+
+
+def test_energy_at_a_rate_is_bounded_by_what_remains_without_spikes(script, tmp_path):
+    words = ["--presets", "tiny", "--tokens", "16"]
+    found = results(script("energy_at_size"), tmp_path / "size.json", *words)["whole_ratio"]["tiny"]
+    assert found["0"] > found["0.05"] > found["0.1"] > found["0.15"] > found["0.3"] > 1
+    # The token mixtures, norms and so on of the preset, whatever the text: as in the document.
+    assert found["0.15"] == pytest.approx(_kept("energy_at_size")["whole_ratio"]["tiny"]["0.15"], rel=0.01)
+
+
+def _kept(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _cells(document, first_cell):
+    """The cells of the first table row of a document that begins so, without bold and units."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    (row, *_) = re.findall(rf"^\| {re.escape(first_cell)} \|(.*)\|$", text, re.MULTILINE)
+    return [cell.strip().strip("*") for cell in row.split("|")]
+
+
+def test_documents_show_what_the_files_have():
+    for run, row in _kept("evaluation_strides")["rows"].items():
+        ways = ("default", "--stride 64", "--stride 16", "--state carry")
+        shown = [f"{row['bits_per_byte'][way]:.4f}" for way in ways]
+        assert _cells("evaluation.md", f"`{run.removesuffix('-seed0')}`") == shown
+    for preset, ratios in _kept("energy_at_size")["whole_ratio"].items():
+        assert _cells("energy.md", preset) == [
+            f"{ratios[r]:.1f}x" for r in ("0.05", "0.1", "0.15", "0.3", "0")
+        ]
+    driven = _kept("energy")["rows"]["spikegpt-driven-seed0"]["at_prices"]
+    for price, found in driven.items():
+        assert _cells("energy.md", price)[-1] == f"{found['whole_ratio']:.1f}x"
