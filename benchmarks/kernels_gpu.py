@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from spikescale.kernels.activations import sigmoid_gate, squared_relu
 from spikescale.kernels.ahead_of_time import DTYPES, Shape
 from spikescale.kernels.layer_norm import layer_norm
-from spikescale.kernels.lif import lif
+from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.lif_norm import lif_residual_norm
 from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import initial_state
@@ -106,6 +106,11 @@ def operations(shape: Shape, dtype: torch.dtype) -> dict[str, Operation]:
     return {
         "wkv": Operation([k, y, decay, u], _wkv(initial_state(batch, channels, DEVICE)), (3 * e, 5 * e)),
         "lif": Operation([drive], _lif(torch.zeros(batch, channels, device=DEVICE)), (2 * e, 3 * e)),
+        "graded_lif": Operation(
+            [drive],
+            {"spikescale": lambda x: [graded_lif(x, levels=3, signed=True, tau=1.0, backend="triton")[0]]},
+            (2 * e, 3 * e),
+        ),
         "lif_norm": Operation(
             [stream, drive, weight, bias],
             {"torch and spikescale's lif": _neuron_then_norm, "spikescale": _neuron_and_norm},

@@ -278,7 +278,7 @@ def _multiple(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-OPERATORS = ("wkv", "lif", "lif_norm", "layer_norm", "token_mix", "activations", "spike_bits")
+OPERATORS = ("wkv", "lif", "graded_lif", "lif_norm", "layer_norm", "token_mix", "activations", "spike_bits")
 _NEURON = (2.0, 1.0, 0.0, False, False, 2.0)  # tau, v_threshold, v_reset, soft_reset, detach_reset, alpha
 
 
@@ -332,6 +332,16 @@ def operator_calls(
                 functools.partial(lif, x, row, reset, *learnt),
                 [x, row, tau, vectors[1]],
             )
+    elif operator == "graded_lif":
+        from spikescale.kernels.lif.graded_triton import graded_lif_triton
+
+        tau = torch.full_like(vectors[0], 2.0).requires_grad_()
+        signed, soft = (3, True, 0.0, False, False, 2.0), (3, True, 0.0, True, False, 2.0)
+        calls["graded_lif"] = (lambda: graded_lif_triton(x, row, None, 1.0, 0.5, signed), [x, row])
+        calls["graded_lif, soft, learnt, reset"] = (
+            lambda: graded_lif_triton(x, row, reset, tau, vectors[1], soft),
+            [x, row, tau, vectors[1]],
+        )
     elif operator == "spike_bits":
         from spikescale.kernels.spike_bits.triton import pack_spikes_triton, unpack_spikes_triton
 

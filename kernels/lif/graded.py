@@ -7,9 +7,9 @@
 
 With L = 1 and no sign this is `lif`. A neuromorphic chip carries s as the payload of a spike (Orchard et al.
 2021; named in SpikeGPT Sec. 3.7); signed spikes with L = 1 are SpikeLM's (Xing et al. 2024) without its
-amplitude. Every step's derivative is the ATan surrogate at its own threshold. On CPUs in float32 it is C++
-(`graded.cpp`); elsewhere what depends on the token before is a loop of torch's operators, and all else is
-done for all tokens at once.
+amplitude. Every step's derivative is the ATan surrogate at its own threshold. On CPUs it is C++
+(`graded.cpp`), on GPUs Triton (`triton_graded.py`); in float64, and where neither can be had, what depends on
+the token before is a loop of torch's operators, and all else is done for all tokens at once.
 """
 
 import functools
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spikescale.errors import UserError
+from spikescale.kernels.backend import choose_backend
+from spikescale.kernels.build import BuildError
 from spikescale.kernels.compiling import not_compiled
 from spikescale.kernels.surrogate import atan_derivative, heaviside
 
@@ -44,10 +45,10 @@ def graded_lif(
 ) -> tuple[Tensor, Tensor]:
     """Graded spikes (B, T, C) in x's dtype, whole numbers up to `levels`, and the final membrane (B, C).
 
-    Arguments as for `lif`; the backend "reference" computes and differentiates the definition step by step,
-    "auto" runs the kernel or, which it says once, a loop of torch's operators. Any device and float dtype;
-    the membrane is float32 (float64 for float64 x). A NaN membrane gives a NaN spike. Raises ValueError for
-    shapes that do not match or fewer levels than one, UserError for a named backend that has no kernel.
+    Arguments as for `lif`. A backend is one of `lif`'s: "auto" falls back to a slow loop of torch's operators
+    where there is no kernel, which it says once. The membrane is float32 (float64 for float64 x). A NaN
+    membrane gives a NaN spike. Raises ValueError for shapes that do not match or fewer levels than one,
+    UserError for a named backend that cannot serve these tensors.
     """
     if levels < 1 or x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, time, channels), levels >= 1, not {tuple(x.shape)}, {levels}")
@@ -55,11 +56,51 @@ def graded_lif(
     if v is None:
         v = torch.zeros(x.shape[0], x.shape[2], dtype=dtype, device=x.device)
     options = (levels, signed, v_reset, soft_reset, detach_reset, surrogate_alpha)
-    taus, thresholds = (torch.as_tensor(p, dtype=dtype, device=x.device) for p in (tau, v_threshold))
-    if backend == "reference":
-        return _definition(x, v, reset, taus, thresholds, *options)
-    spikes, v = _fast(x.to(dtype), v, reset, taus, thresholds, options, backend)
+    spikes, v = _run(x, v, reset, tau, v_threshold, options, backend)
     return spikes.to(x.dtype), v
+
+
+@not_compiled  # of what it may run, a loop over tokens is not worth unrolling into a graph
+def _run(
+    x: Tensor,
+    v: Tensor,
+    reset: Tensor | None,
+    tau: float | Tensor,
+    v_threshold: float | Tensor,
+    options: tuple[int, bool, float, bool, bool, float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    # The C++ has float32 only, to which every narrower dtype widens without loss.
+    narrow = x.device.type == "cpu" and backend != "triton" and x.dtype != torch.float64
+    chosen = choose_backend("lif", backend, x.device.type, torch.float32 if narrow else x.dtype)
+    if chosen == "triton":
+        from spikescale.kernels.lif.graded_triton import graded_lif_triton
+
+        return graded_lif_triton(x, v, reset, tau, v_threshold, options)
+    wide = x.to(v.dtype)
+    taus, thresholds = (torch.as_tensor(p, dtype=v.dtype, device=x.device) for p in (tau, v_threshold))
+    if backend == "reference":
+        return _definition(wide, v, reset, taus, thresholds, *options)
+    if chosen != "reference" and _built(chosen, backend):
+        from spikescale.kernels.lif.graded_cpu import CompiledGradedLIF
+
+        each = (parameter.expand(x.shape[-1]) for parameter in (taus, thresholds))
+        return CompiledGradedLIF.apply(wide, v, reset, *each, options, chosen)
+    _say_slow(x.device.type, x.dtype)
+    return _Composed.apply(wide, v, reset, taus, thresholds, options)
+
+
+def _built(chosen: str, asked: str) -> bool:
+    """Whether the C++ is there; it is another file than that of `lif`. Raises BuildError if asked for."""
+    from spikescale.kernels.lif.graded_cpu import library
+
+    try:
+        library(chosen)
+    except BuildError:
+        if asked != "auto":
+            raise
+        return False
+    return True
 
 
 def _steps(h: Tensor, threshold: Tensor, levels: int, signed: bool, alpha: float, strict: bool) -> Tensor:
@@ -84,8 +125,6 @@ def _definition(
     detach_reset: bool,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    out_dtype = x.dtype
-    x = x.to(v.dtype)
     spikes = []
     for t in range(x.shape[1]):
         if reset is not None:
@@ -102,7 +141,7 @@ def _definition(
             fired = fired + heaviside(-h - threshold, alpha)
         fired = fired.detach() if detach_reset else fired
         v = h * (1 - fired) + v_reset * fired
-    return torch.stack(spikes, dim=1).to(out_dtype), v
+    return torch.stack(spikes, dim=1), v
 
 
 class _Composed(torch.autograd.Function):
@@ -189,34 +228,6 @@ class _Composed(torch.autograd.Function):
 def _summed(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient of a parameter that has one value, or one a channel."""
     return gradient.sum() if parameter.dim() == 0 else gradient.flatten(0, -2).sum(0)
-
-
-@not_compiled  # a loop over tokens is not worth unrolling into a graph
-def _fast(
-    x: Tensor,
-    v: Tensor,
-    reset: Tensor | None,
-    tau: Tensor,
-    threshold: Tensor,
-    options: tuple[Any, ...],
-    backend: str,
-) -> Any:
-    serves = x.device.type == "cpu" and x.dtype == torch.float32 and backend != "triton"
-    if serves:
-        from spikescale.kernels.lif.graded_cpu import CompiledGradedLIF, library
-
-        if library() is not None:
-            each = (parameter.expand(x.shape[-1]) for parameter in (tau, threshold))
-            return CompiledGradedLIF.apply(x, v, reset, *each, options)
-    if backend != "auto":
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise UserError(
-            f"backend {backend!r} of graded spikes: no kernel for {dtype} tensors on {x.device.type};"
-            " use 'auto' or 'reference'"
-        )
-    if not serves:
-        _say_slow(x.device.type, x.dtype)
-    return _Composed.apply(x, v, reset, tau, threshold, options)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spikescale.kernels.build import BuildError, instruction_sets, load
-from spikescale.kernels.cpu import as_bytes, pointer
-
-logger = logging.getLogger("spikescale.kernels")
+from spikescale.kernels.cpu import as_bytes, load_for, pointer
 
 
 class GradedOptions(ctypes.Structure):
@@ -30,13 +26,9 @@ class GradedOptions(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built at the first call; None, which is said, where they cannot be built."""
-    try:
-        found = load(Path(__file__).with_name("graded.cpp"), instruction_sets()[0])
-    except BuildError as error:
-        logger.warning("graded spikes: falling back to a slow loop of torch's operators: %s", error)
-        return None
+def library(backend: str) -> ctypes.CDLL:
+    """The kernels compiled for one of CPU_BACKENDS, built at the first call. Raises BuildError."""
+    found = load_for(backend, Path(__file__).with_name("graded.cpp"))
     for name, tensors in (("forward", 8), ("backward", 12)):
         function = getattr(found, f"graded_{name}")
         sizes = [ctypes.c_int64] * 3
@@ -57,13 +49,15 @@ class CompiledGradedLIF(torch.autograd.Function):
         tau: Tensor,
         threshold: Tensor,
         options: tuple[Any, ...],
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         """`options`: levels, signed, v_reset, soft_reset, detach_reset, surrogate_alpha."""
+        ctx.backend = backend
         levels, signed, v_reset, soft_reset, detach_reset, alpha = options
         ctx.options = GradedOptions(v_reset, alpha, levels, soft_reset, signed, detach_reset)
         x, v, tau, threshold = (tensor.contiguous() for tensor in (x, v, tau, threshold))
         h, spikes, end = torch.empty_like(x), torch.empty_like(x), torch.empty_like(v)
-        _call("forward", (x, v, as_bytes(reset), tau, threshold, h, spikes, end), x, ctx.options)
+        _call(backend, "forward", (x, v, as_bytes(reset), tau, threshold, h, spikes, end), x, ctx.options)
         ctx.save_for_backward(x, v, reset, tau, threshold, h)
         return spikes, end
 
@@ -75,11 +69,13 @@ class CompiledGradedLIF(torch.autograd.Function):
         grad_x, grad_v0 = torch.empty_like(x), torch.empty_like(v)
         sums = [torch.zeros(v.shape, dtype=torch.float64) for _ in range(2)]
         given = (x, v, as_bytes(reset), tau, threshold, h, grad_spikes.contiguous(), grad_v.contiguous())
-        _call("backward", (*given, grad_x, grad_v0, *sums), x, ctx.options)
+        _call(ctx.backend, "backward", (*given, grad_x, grad_v0, *sums), x, ctx.options)
         grad_tau, grad_threshold = (rows.sum(0).float() for rows in sums)
-        return grad_x, grad_v0, None, grad_tau, grad_threshold, None
+        return grad_x, grad_v0, None, grad_tau, grad_threshold, None, None
 
 
-def _call(name: str, tensors: tuple[Tensor | None, ...], x: Tensor, options: GradedOptions) -> None:
-    function = getattr(library(), f"graded_{name}")
+def _call(
+    backend: str, name: str, tensors: tuple[Tensor | None, ...], x: Tensor, options: GradedOptions
+) -> None:
+    function = getattr(library(backend), f"graded_{name}")
     function(*(pointer(tensor) for tensor in tensors), *x.shape, options, torch.get_num_threads())

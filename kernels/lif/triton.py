@@ -63,8 +63,8 @@ def lif_triton(
         raise UserError(f"form {form!r} of lif: unknown; there are {', '.join(FORMS)}")
     if chunk < 0 or chunk % BLOCK_TOKENS:
         raise UserError(f"chunk {chunk} of lif: must be a multiple of {BLOCK_TOKENS}, or 0")
-    tau_tensor, tau_value = _split(tau)
-    threshold_tensor, threshold_value = _split(v_threshold)
+    tau_tensor, tau_value = number_or_vector(tau)
+    threshold_tensor, threshold_value = number_or_vector(v_threshold)
     inputs = (x, v, tau_tensor, threshold_tensor)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     neuron = (tau_value, threshold_value, v_reset, soft_reset, detach_reset, surrogate_alpha)
@@ -127,7 +127,7 @@ def warm_up(tau: float | None) -> int:
     return BLOCK_TOKENS * math.ceil(48 * math.log(2) / -math.log1p(-1 / tau) / BLOCK_TOKENS)
 
 
-def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
+def number_or_vector(value: float | Tensor) -> tuple[Tensor | None, float]:
     """A parameter as an operator takes it: one a channel, or a number."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
 
@@ -144,7 +144,7 @@ def _chunk(x: Tensor, tau: Tensor | None, tau_value: float, form: str, chunk: in
     return (chunk or chosen.chunk) if chosen.name == "parallel" else 0
 
 
-def _launch(kernel: Any, x: Tensor, axis1: int, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, x: Tensor, axis1: int, *args: Any, **constants: Any) -> None:
     """Runs `kernel` on x's device: for every row and block of channels, and `axis1` times along time."""
     grid = (x.shape[0] * -(-x.shape[2] // BLOCK_CHANNELS), axis1)
     with gpu.on_device(x):
@@ -158,13 +158,14 @@ def _launch(kernel: Any, x: Tensor, axis1: int, *args: Any, **constants: Any) ->
         )
 
 
-def _divisor(tau: Tensor | None, tau_value: float) -> tuple[float, bool]:
+def divisor(tau: Tensor | None, tau_value: float) -> tuple[float, bool]:
     """What kernels take for tau, and whether it is the inverse: a product with a power of two is exact."""
     exact = tau is None and math.frexp(tau_value)[0] == 0.5
     return (1 / tau_value if exact else tau_value), exact
 
 
-def _bytes(reset: Tensor | None) -> Tensor | None:
+def as_bytes(reset: Tensor | None) -> Tensor | None:
+    """A mask as kernels read it."""
     return None if reset is None else reset.contiguous().view(torch.uint8)
 
 
@@ -195,7 +196,7 @@ def lif_triton_forward(
     """
     chunk = _chunk(x, tau, tau_value, form, chunk)
     batch, length, channels = x.shape
-    v, reset = v.contiguous(), _bytes(reset)
+    v, reset = v.contiguous(), as_bytes(reset)
     tau, v_threshold = _contiguous(tau, v_threshold)
     spikes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     v_out = torch.empty_like(v)
@@ -203,7 +204,7 @@ def lif_triton_forward(
     bits = torch.empty(
         (batch, _blocks(length), channels) if save else (0,), dtype=torch.int32, device=x.device
     )
-    tau_value, inverse = _divisor(tau, tau_value)
+    tau_value, inverse = divisor(tau, tau_value)
     sizes = (length, channels, *x.stride(), tau_value, threshold_value)
     constants = {
         "V_RESET": v_reset,
@@ -213,7 +214,7 @@ def lif_triton_forward(
     }
     kept_bits = bits if save else None
     if not chunk:
-        _launch(
+        launch(
             sequential.forward_kernel, x, 1,
             x, v, reset, tau, v_threshold, spikes, v_out, starts if save else None, kept_bits, *sizes,
             **constants,
@@ -222,12 +223,12 @@ def lif_triton_forward(
     chunks, per_chunk = -(-length // chunk), chunk // BLOCK_TOKENS
     early = warm_up(None if tau is not None else (1 / tau_value if inverse else tau_value)) // BLOCK_TOKENS
     ends = v.new_empty(batch, chunks, channels)
-    _launch(
+    launch(
         parallel.chunk_forward_kernel, x, chunks,
         x, v, reset, tau, v_threshold, spikes, starts, ends, kept_bits, *sizes, per_chunk, early,
         **constants,
     )  # fmt: skip
-    _launch(
+    launch(
         parallel.fix_up_kernel, x, 1,
         x, reset, tau, v_threshold, spikes, v_out, starts, ends, kept_bits, *sizes, chunks, per_chunk,
         **constants,
@@ -284,17 +285,17 @@ def lif_triton_backward(
     chunk = _chunk(x, tau, tau_value, form, chunk)
     batch, length, channels = x.shape
     tau, v_threshold, grad_v_out = _contiguous(tau, v_threshold, grad_v_out)
-    reset = _bytes(reset)
+    reset = as_bytes(reset)
     chunks = -(-length // chunk) if chunk else 1
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_v = starts.new_empty(batch, channels)
     # Every program sums over its own tokens, so that the result does not depend on who comes first.
     grad_tau = starts.new_empty(batch, chunks, channels) if tau_grad else None
     grad_threshold = starts.new_empty(batch, chunks, channels) if threshold_grad else None
-    divisor, inverse = _divisor(tau, tau_value)
+    over, inverse = divisor(tau, tau_value)
     kept = (x, reset, tau, v_threshold, starts, bits, grad_spikes)
     strides = (*x.stride(), *grad_spikes.stride())
-    sizes = (length, channels, *strides, divisor, threshold_value, surrogate_alpha)
+    sizes = (length, channels, *strides, over, threshold_value, surrogate_alpha)
     constants = {
         "V_RESET": v_reset,
         "SOFT_RESET": soft_reset,
@@ -303,16 +304,16 @@ def lif_triton_backward(
         "WHOLE": length % BLOCK_TOKENS == 0,
     }
     if not chunk:
-        _launch(
+        launch(
             sequential.backward_kernel, x, 1,
             *kept, grad_v_out, grad_x, grad_v, grad_tau, grad_threshold, *sizes, **constants,
         )  # fmt: skip
     else:
         per_chunk = chunk // BLOCK_TOKENS
         factors, terms, grads = (starts.new_empty(batch, chunks, channels) for _ in range(3))
-        _launch(parallel.adjoint_kernel, x, chunks, *kept, factors, terms, *sizes, per_chunk, **constants)
-        _launch(parallel.carry_kernel, x, 1, factors, terms, grad_v_out, grads, grad_v, channels, chunks)
-        _launch(
+        launch(parallel.adjoint_kernel, x, chunks, *kept, factors, terms, *sizes, per_chunk, **constants)
+        launch(parallel.carry_kernel, x, 1, factors, terms, grad_v_out, grads, grad_v, channels, chunks)
+        launch(
             parallel.chunk_backward_kernel, x, chunks,
             *kept, grads, grad_x, grad_tau, grad_threshold, *sizes, per_chunk, **constants,
         )  # fmt: skip

@@ -146,12 +146,12 @@ def offset(pointer, by):
 
 
 @triton.jit
-def load_rows(pointers, block, T, stride, lane, WHOLE: tl.constexpr):
-    """The tokens of a block as a tuple of float32 vectors, 0 past the end."""
-    pointers += tl.cast(block, tl.int64) * TOKENS * stride
-    left = T - block * TOKENS
+def load_rows(pointers, block, T, stride, lane, WHOLE: tl.constexpr, N: tl.constexpr = TOKENS):
+    """The N tokens of a block as a tuple of float32 vectors, 0 past the end."""
+    pointers += tl.cast(block, tl.int64) * N * stride
+    left = T - block * N
     rows = ()
-    for i in tl.static_range(TOKENS):
+    for i in tl.static_range(N):
         mask = lane
         if not WHOLE:
             mask = tl.where(left > i, lane, False)
@@ -161,11 +161,11 @@ def load_rows(pointers, block, T, stride, lane, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_resets(reset, block, T):
+def load_resets(reset, block, T, N: tl.constexpr = TOKENS):
     """A scalar whose bit i says that the block's token i finds an empty membrane; 0 without `reset`."""
     if reset is not None:
-        i = tl.arange(0, TOKENS)
-        flags = tl.load(reset + block * TOKENS + i, mask=T - block * TOKENS > i, other=0)
+        i = tl.arange(0, N)
+        flags = tl.load(reset + block * N + i, mask=T - block * N > i, other=0)
         return tl.sum((flags != 0).to(tl.int32) << i, 0)
     else:
         return 0

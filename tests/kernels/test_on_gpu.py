@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikescale.kernels.activations import sigmoid_gate, squared_relu
 from spikescale.kernels.layer_norm import layer_norm
-from spikescale.kernels.lif import lif
+from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.lif_norm import lif_residual_norm
 from spikescale.kernels.spike_bits import pack_spikes, pack_sure_spikes, unpack_spikes
 from spikescale.kernels.token_mix import token_mix
@@ -25,6 +25,7 @@ pytestmark = [
     ),
 ]
 DEVICE = "cuda"
+OPERATORS = ("wkv", "lif", "graded_lif", "lif_norm", "token_mix", "activations", "layer_norm")
 SHAPES = [(1, 1, 1), (2, 63, 33), (1, 200, 100), (2, 1000, 500), (8, 1024, 768)]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # What the model's dtype applies to; the rest is float32.
@@ -43,7 +44,7 @@ def make_inputs(operator: str, batch: int, length: int, channels: int) -> dict[s
         state[:, 0], state[:, 1], state[:, 2] = normal(*row), 1 + normal(*row).abs(), 0
         inputs = {"w": -normal(*vector).exp(), "u": normal(*vector), "k": normal(*shape, scale=3)}
         return {**inputs, "v": normal(*shape), "state": state, "gate": normal(*shape)}
-    if operator == "lif":
+    if operator in ("lif", "graded_lif"):
         return {"x": normal(*shape, scale=2), "membrane": normal(*row)}
     if operator == "lif_norm":
         inputs = {"stream": normal(*shape), "current": normal(*shape, scale=2), "membrane": normal(*row)}
@@ -63,6 +64,9 @@ def call(operator: str, t: dict[str, Tensor], reset: Tensor, backend: str) -> li
         return [y, state[:, 0] / state[:, 1]]
     if operator == "lif":
         return list(lif(t["x"], t["membrane"], reset=reset, backend=backend))
+    if operator == "graded_lif":
+        options = {"levels": 3, "signed": True, "v_threshold": 0.5, "reset": reset, "backend": backend}
+        return list(graded_lif(t["x"], t["membrane"], **options))
     if operator == "lif_norm":
         arguments = (t["stream"], t["current"], t["membrane"], t["weight"], t["bias"])
         x, normed, v = lif_residual_norm(*arguments, dropout=0.1, seed=7, reset=reset, backend=backend)
@@ -107,14 +111,14 @@ def errors_of(
     function = function or (lambda t, reset: call(operator, t, reset, "triton"))
     actual = evaluate(function, inputs, reset, DEVICE, (dtype, torch.float32))
     # A neuron near its threshold fires or not by the last bit: its reference has the same dtype.
-    exact = (dtype, torch.float32) if operator.startswith("lif") else (torch.float64, torch.float64)
+    exact = (dtype, torch.float32) if "lif" in operator else (torch.float64, torch.float64)
     expected = evaluate(lambda t, reset: call(operator, t, reset, "reference"), inputs, reset, DEVICE, exact)
     return {name: float((actual[name] - x).norm() / x.norm().clamp_min(1.0)) for name, x in expected.items()}
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations", "layer_norm"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_outputs_and_gradients_equal_the_reference(operator, shape, dtype):
     errors = errors_of(operator, shape, dtype)
     assert max(errors.values()) <= LIMITS[dtype], errors
@@ -183,7 +187,7 @@ def test_sure_spikes_come_back_without_waiting_for_the_gpu(dtype):
     assert pack_spikes(spikes * 0.5) is None
 
 
-@pytest.mark.parametrize("operator", ["wkv", "lif", "lif_norm", "token_mix", "activations", "layer_norm"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_a_second_run_gives_the_same_bits(operator):
     inputs = make_inputs(operator, 2, 1000, 500)
     reset = torch.zeros(2, 1000, dtype=torch.bool)

@@ -13,7 +13,7 @@ import pytest
 from spikescale.errors import UserError
 from spikescale.kernels.ahead_of_time import OPERATORS, TARGETS, compiled_launches, occupancy
 
-LARGER = ("wkv", "lif", "lif_norm")
+LARGER = ("wkv", "lif", "graded_lif", "lif_norm")
 SMALLER = ("spike_bits", "layer_norm", "token_mix", "activations")
 # Of the larger, what each of TARGETS compiles: options, dtype, and a length of whole blocks or with a rest.
 COMBINATIONS = (
