@@ -23,9 +23,11 @@ from typing import NamedTuple
 from common import positive
 
 from spikescale.cli.main import main as spikescale
+from spikescale.config import load_model_preset
 from spikescale.errors import UserError
 from spikescale.faults.exits import REQUEUE
 from spikescale.files import read_json, write_json
+from spikescale.scaling.ladder import Size
 from spikescale.scaling.plan_file import read_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,6 +74,7 @@ LADDERS = {
         "3e13",
     ),
 }
+FIG_3 = ("216m", "430m", "1b2")  # presets of the paper's figure, of 0.9G tokens each
 LEAST_MINUTES = 0.7
 
 
@@ -183,7 +186,8 @@ class Ladder:
         """Points, fits, the prediction beside what came, and the report."""
         points, fit = (self.results / f"scaling-{name}-{end}" for end in ("points.csv", "fit.json"))
         shutil.copyfile(read_plan(plan).output / "points.csv", points)
-        self.call("scaling", "fit", *self.fitting(plan), "--output", str(fit))
+        asked = [f"{Size.of(load_model_preset(name, vocab_size=50277)).total}:0.9G" for name in FIG_3]
+        self.call("scaling", "fit", *self.fitting(plan), "--predict", *asked, "--output", str(fit))
         content = read_json(fit)
         content["command"] = f"python benchmarks/scaling_ladder.py ({name})"
         write_json(fit, content)
