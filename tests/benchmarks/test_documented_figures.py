@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,45 @@ def test_energy_at_a_rate_is_bounded_by_what_remains_without_spikes(script, tmp_
     assert found["0.15"] == pytest.approx(_kept("energy_at_size")["whole_ratio"]["tiny"]["0.15"], rel=0.01)
 
 
+def test_widths_are_trained_at_every_rate_from_every_seed(script, tmp_path, monkeypatch):
+    module = script("width_transfer")
+    built = []
+
+    def build(config, seed):
+        built.append((config.layers, seed))
+        return SpikeGPT(config, seed)
+
+    monkeypatch.setattr(module, "SpikeGPT", build)
+    words = ["--quick", "--seeds", "0", "1", "--settings", "two layers"]
+    found = results(module, tmp_path / "widths.json", *words)
+    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
+    setting = found["settings"]["two layers"]
+    rows = [(row["width"], row["width_transfer"]) for row in setting["rows"]]
+    assert rows == [(32, 32), (64, 32), (64, None)]
+    losses = np.array([list(row["losses"].values()) for row in setting["rows"]])
+    assert losses.shape == (3, 2, 2)
+    assert len(np.unique(losses)) == losses.size  # neither rate nor seed nor muP is without effect
+    assert built == [(2, 0)] * 6 + [(2, 1)] * 6
+    last = module.train(64, None, 8e-3, 6, seed=1)[0][-5:]
+    assert setting["rows"][2]["losses"]["0.008"][1] == pytest.approx(sum(last) / 5)
+
+
+def test_coverage_counts_ladders_and_starts(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("spikescale.scaling.forms.EXPONENTS", np.array([0.3, 0.6]))
+    module, output = script("fit_coverage"), tmp_path / "coverage.json"
+    found = results(module, output, "--parts", "coverage", "--ladders", "2", "--rounds", "5")
+    assert set(found["coverage"]["held"]) == {"noise", "residuals"}
+    for hits in found["coverage"]["held"].values():
+        assert set(hits) == {"E", "alpha", "beta", "far"}
+        assert all(0 <= count <= 2 for count in hits.values())
+    later = results(module, output, "--parts", "starts", "--every", "400")
+    assert later["coverage"] == found["coverage"]
+    arrived = later["starts"]["arrived"]
+    assert arrived["variable projection"] == {"starts": 4, "with_steps": 4, "without_steps": 4}
+    assert arrived["published"]["starts"] == 12
+    assert 0 < arrived["published"]["without_steps"] <= arrived["published"]["with_steps"] <= 12
+
+
 def _kept(name):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -154,3 +194,9 @@ def test_documents_show_what_the_files_have():
     driven = _kept("energy")["rows"]["spikegpt-driven-seed0"]["at_prices"]
     for price, found in driven.items():
         assert _cells("energy.md", price)[-1] == f"{found['whole_ratio']:.1f}x"
+    setting = _kept("width_transfer")["settings"]["two layers"]
+    rates = [f"{rate:g}" for rate in setting["rates"]]
+    for row in setting["rows"]:
+        kind = "muP" if row["width_transfer"] else "ordinary"
+        first = "32" if row["width"] == 32 else f"{row['width']}, {kind}"
+        assert _cells("scaling.md", first) == [f"{np.mean(row['losses'][rate]):.3f}" for rate in rates]

@@ -1,8 +1,10 @@
 """Fits find the law that points were made from, and say when points cannot tell."""
 
+import importlib
 import itertools
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from synthetic import CHINCHILLA, KAPLAN, SIZES, chinchilla, grid, kaplan
 from spikescale.errors import UserError
 from spikescale.scaling import checks
 from spikescale.scaling.approaches import envelope, optima_of, power_laws, profiles
-from spikescale.scaling.bootstrap import Interval, predicted, resampled, resampled_laws
+from spikescale.scaling.bootstrap import Interval, resampled_laws
 from spikescale.scaling.fit import Options, as_json, fit_family, predictions, validate
 from spikescale.scaling.forms import FORMS
 from spikescale.scaling.parametric import Data, fit_form, huber
@@ -66,19 +68,11 @@ def test_huber_is_square_inside_and_linear_outside():
     assert slope == pytest.approx([0.5, -1.0])
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_intervals_hold_the_truth_about_as_often_as_they_say(monkeypatch):
     # 90% intervals of 20 simulated ladders: fewer than 15 hits of a right interval have a chance of 1%.
-    ladders, hits = 20, dict.fromkeys(("alpha", "beta", "E", "far"), 0)
-    for seed in range(ladders):
-        data = Data.of(grid(noise=0.003, seed=seed), "total")
-        fitted = fit_form(FORMS["chinchilla"], data, 1e-2)
-        thetas = resampled(fitted, data, 30, 1e-2, seed)
-        drawn = [FORMS["chinchilla"].natural(theta, fitted.centre) for theta in thetas]
-        for symbol in ("alpha", "beta", "E"):
-            found = Interval.of(0.0, np.array([d[symbol] for d in drawn]), 0.9)
-            hits[symbol] += found.low <= CHINCHILLA[symbol] <= found.high
-        (far,) = predicted(fitted, thetas, np.array([1e7]), np.array([5e7]), 0.9, noise=False)
-        hits["far"] += far.low <= chinchilla(1e7, 5e7) <= far.high
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    ladders = 20
+    hits = importlib.import_module("fit_coverage").coverage(ladders, rounds=30, delta=1e-2)
     assert all(15 <= count <= ladders for count in hits.values()), hits
     assert sum(hits.values()) < 4 * ladders  # intervals that always hold would be too wide to say anything
 
