@@ -200,3 +200,15 @@ def test_documents_show_what_the_files_have():
         kind = "muP" if row["width_transfer"] else "ordinary"
         first = "32" if row["width"] == 32 else f"{row['width']}, {kind}"
         assert _cells("scaling.md", first) == [f"{np.mean(row['losses'][rate]):.3f}" for rate in rates]
+    text = " ".join((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split())
+    held = _kept("fit_coverage")["coverage"]["held"]
+    order = ("E", "alpha", "beta", "far")
+    e, alpha, beta, far = (held["noise"][symbol] for symbol in order)
+    assert f"held E in {e}, alpha in {alpha}, beta in {beta}, and the loss of a model" in text
+    assert f"six times the tokens in {far}:" in text
+    e, alpha, beta, far = (held["residuals"][symbol] for symbol in order)
+    assert f"(`residuals`) held {e}, {alpha}, {beta} and {far}:" in text
+    found = _kept("fit_coverage")["starts"]["arrived"]["published"]
+    assert f"of {found['starts']} of the 4,500 starts" in text
+    assert found["with_steps"] == found["starts"]
+    assert f"{found['without_steps']} without." in text
