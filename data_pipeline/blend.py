@@ -53,6 +53,7 @@ class Blend:
                 raise UserError(
                     f"data.sources: {ingredient.name} was prepared with tokenizer {theirs.kind}"
                     f" {theirs.sha256[:12]}, {first.name} with {ours.kind} {ours.sha256[:12]}"
+                    f"{_why(ours.kind, theirs.kind)}"
                 )
             if ingredient.stream.context_length != first.stream.context_length:
                 raise ValueError("sources of different context lengths")
@@ -178,6 +179,11 @@ def turns(counts: Sequence[int]) -> np.ndarray:
         result[turn - 1] = choice
         had[choice] += 1
     return result
+
+
+def _why(ours: str, theirs: str) -> str:
+    learns = ours.startswith(("char", "sentencepiece", "syllable")) or ours.endswith("+conditions")
+    return ": each has learnt from its own text" if ours == theirs and learns else ""
 
 
 def _shares(counts: Sequence[tuple[str, int]]) -> str:

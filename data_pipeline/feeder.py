@@ -78,7 +78,7 @@ class ProducerProcess:
             holding = self._holding
         whole = sum(spent.values())
         if holding:
-            return "it holds back: the look-ahead is full (data.stream.look_ahead_shards, look_ahead_mib)"
+            return "it holds back: the look-ahead is full (look_ahead_shards, look_ahead_mib of its stream)"
         if whole <= 0:
             return "no shard was finished meanwhile"
         ordered = sorted(spent.items(), key=lambda entry: -entry[1])
@@ -86,14 +86,20 @@ class ProducerProcess:
         workers = self._job.settings["workers"]
         return f"{ordered[0][0]} is slowest ({shares} of the time of {workers} worker(s))"
 
+    def end(self) -> None:
+        """Tell the producer to end, without waiting for it."""
+        self._closing = True
+        with self._lock:
+            process = self._process
+            if process is not None and process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                    process.stdin.close()
+
     def close(self) -> None:
         """End the producer. What it was making is made again by the next one."""
-        self._closing = True
+        self.end()
         process = self._process
         if process is not None and process.poll() is None:
-            with self._lock:
-                if process.stdin is not None:
-                    process.stdin.close()
             try:
                 process.wait(timeout=END_SECONDS)
             except subprocess.TimeoutExpired:

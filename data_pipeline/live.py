@@ -77,6 +77,9 @@ class LiveDataset:
     Args:
         folder: where the shards appear.
         needs: is told, before waiting, which shard numbers [first, stop) are to come next.
+
+    Attributes:
+        waited: seconds that this process has waited for its shards. waiting: it does so now.
     """
 
     complete = False
@@ -88,6 +91,7 @@ class LiveDataset:
         self._found: dict[tuple[str, int], ShardInfo] = {}
         self._interrupted = threading.Event()
         self._lead: dict[str, list[ShardInfo]] = {}
+        self.waited, self.waiting = 0.0, False
 
     @property
     def partitions(self) -> int:
@@ -147,7 +151,14 @@ class LiveDataset:
         return self._wait_for(split, first, stop)
 
     def _wait_for(self, split: str, first: int, stop: int) -> list[ShardInfo]:
-        missing = [number for number in range(first, stop) if (split, number) not in self._found]
+        try:
+            self._find(split, [number for number in range(first, stop) if (split, number) not in self._found])
+        finally:
+            self.waiting = False
+        found = (self._found[split, number] for number in range(first, stop))
+        return [shard for shard in found if shard.tokens]
+
+    def _find(self, split: str, missing: list[int]) -> None:
         unusable = 0.0  # seconds that a shard has been there, or should be, and is not what it should be
         while missing:
             # In the order in which they are made: the first one tells whether to look for the others.
@@ -164,9 +175,9 @@ class LiveDataset:
                         f"{path}: is missing or not what its sidecar says; remove {path.with_suffix('.json')}"
                         " and start again, then it is made anew"
                     )
+            self.waiting = True
             time.sleep(POLL_SECONDS)
-        found = (self._found[split, number] for number in range(first, stop))
-        return [shard for shard in found if shard.tokens]
+            self.waited += POLL_SECONDS
 
     def interrupt(self, on: bool) -> None:
         """Have whoever waits give up (True), or allow waiting again (False)."""

@@ -289,12 +289,26 @@ def ray_running(cpus: int, address: str | None = None, otherwise: str = "") -> I
 
 
 @contextlib.contextmanager
-def ray_pool(workers: int, address: str | None = None) -> Iterator[RayPool]:
-    """A pool on `ray_running`. Raises UserError when Ray cannot be reached."""
+def ray_pool(workers: int, address: str | None = None, others: int = 0) -> Iterator[RayPool]:
+    """A pool on `ray_running`. Raises UserError when Ray cannot be reached.
+
+    others: processes that hold cores of the same cluster as long as this pool does: their part is left free,
+    or whoever comes last would wait for ever.
+    """
     with ray_running(workers, address, "--no-ray works without") as resources:
         cores = int(resources.get("CPU", 0))
+        if others:
+            cores = cores * workers // (workers + others)
+            if not cores:
+                raise UserError(
+                    f"the Ray cluster at {address} has too few cores for {workers + others} workers of the"
+                    " streams on it: it takes one for each stream at least"
+                )
         if cores < workers:
             logger.warning(
-                "%d workers asked for, the Ray cluster has %d cores: using %d", workers, cores, max(cores, 1)
+                "%d workers asked for, the Ray cluster has %d cores for them: using %d",
+                workers,
+                cores,
+                max(cores, 1),
             )
         yield RayPool(max(1, min(workers, cores)))

@@ -71,7 +71,8 @@ class PrepareSettings:
         condition_on: keys of the documents' metadata whose values become ids in front of each document;
             the source must have been asked for them (`ReadOptions.metadata_keys`).
         condition_dropout: share of the documents that are left without.
-        workers: processes. ray: run them on Ray; ray_address: of a running cluster.
+        workers: processes. ray: run them on Ray; ray_address: of a running cluster, on which another
+            `ray_others` processes want cores at the same time.
         clean: how documents are cleaned first; by default not at all.
         bad_records: refuse or quarantine. max_bad_share: of a partition's and of the job's records, that
             may be quarantined before the job stops.
@@ -91,6 +92,7 @@ class PrepareSettings:
     workers: int = 1
     ray: bool = True
     ray_address: str | None = None
+    ray_others: int = 0
     clean: CleanSettings = field(default_factory=CleanSettings)
     bad_records: Literal["refuse", "quarantine"] = "refuse"
     max_bad_share: float = 0.01
@@ -351,7 +353,7 @@ def _pool(settings: PrepareSettings, tasks: int) -> Iterator[Pool]:
     if not settings.ray:
         yield SerialPool()
         return
-    with ray_pool(min(settings.workers, tasks), settings.ray_address) as pool:
+    with ray_pool(min(settings.workers, tasks), settings.ray_address, settings.ray_others) as pool:
         yield pool
 
 

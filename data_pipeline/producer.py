@@ -10,6 +10,7 @@ process: it cannot outlive the run it works for.
 
 import _thread
 import json
+import math
 import os
 import sys
 import threading
@@ -174,8 +175,12 @@ class Producer:
         wanted = self._job.valid_tokens if job.settings.split.expects("valid") else 0
         while sum(made) < wanted and len(made) < len(job.tasks):
             first = len(made)
+            # In few rounds, because Ray's workers start anew in each: as many as seem to be missing, which at
+            # most doubles what is there.
+            missing = math.ceil((wanted - sum(made)) * first / sum(made)) if sum(made) else first
+            stop = first + max(1, job.settings.workers, min(missing, first))
             with Progress("", [0] * len(job.tasks), quiet=True) as progress:
-                results = job.pool.run(job.tasks[first : first + max(1, job.settings.workers)], progress)
+                results = job.pool.run(job.tasks[first:stop], progress)
             made += [sum(shard.tokens for shard in found if shard.split == "valid") for found in results]
             self.answer({"kind": "progress", "done": len(made), "of": len(job.tasks), "seconds": {}})
         # No more than it takes, whatever the number of workers: what is evaluated must not depend on it.
@@ -223,8 +228,8 @@ class Producer:
             print(json.dumps(content), file=self._answers, flush=True)
 
 
-def clean_settings(given: Mapping[str, Any]) -> CleanSettings:
-    """Settings of cleaning out of JSON, whose lists stand for tuples. Raises UserError."""
+def clean_settings(given: Mapping[str, Any], where: str = "data.stream.clean") -> CleanSettings:
+    """Settings of cleaning out of JSON, whose lists stand for tuples. Raises UserError, saying `where`."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
@@ -233,7 +238,7 @@ def clean_settings(given: Mapping[str, Any]) -> CleanSettings:
     try:
         return CleanSettings(**values)
     except TypeError as error:
-        raise UserError(f"data.stream.clean: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 class _NoShards:

@@ -9,6 +9,7 @@ from spikescale.config.schema import (
     NeuronConfig,
     ParallelConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "NeuronConfig",
     "ParallelConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainConfig",
     "ZeroConfig",
     "load_config",

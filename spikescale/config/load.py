@@ -4,7 +4,7 @@ import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -129,9 +129,15 @@ def _first_complaint(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _allowed_keys(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    found: type[BaseModel] | None = kind
     for part in location:
-        annotation = kind.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        kind = annotation
-    return list(kind.model_fields)
+        if isinstance(part, str) and found is not None:  # numbers are places in a list
+            found = group_in(found.model_fields[part].annotation)
+    return [] if found is None else list(found.model_fields)
+
+
+def group_in(annotation: Any) -> type[BaseModel] | None:
+    """The group of settings in an annotation: itself, one that may be None, or that of a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(group_in, get_args(annotation))), None)

@@ -94,20 +94,6 @@ class ModelConfig(Strict):
         return self
 
 
-class SourceConfig(Strict):
-    """One data set of a mixture."""
-
-    path: Location  # a folder, or a URL of what `spikescale data push` wrote
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None  # None: the folder's
-    weight: Annotated[float, Field(gt=0)] | None = None  # share of the tokens, relative to the others'
-    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it while the others make theirs
-
-    @property
-    def label(self) -> str:
-        """How the source is called in metrics."""
-        return self.name or Path(self.path).name
-
-
 class StreamConfig(Strict):
     """Text that is tokenised while the run trains on it; see `spikescale data prepare` for the meanings."""
 
@@ -138,10 +124,30 @@ class StreamConfig(Strict):
     @model_validator(mode="after")
     def _cluster_has_an_address(self) -> "StreamConfig":
         if not self.source:
-            raise ValueError("data.stream.source is empty: name a source, or files")
+            raise ValueError("source is empty: name a source, or files")
         if (self.ray == "cluster") != (self.ray_address is not None):
-            raise ValueError("data.stream.ray_address goes with data.stream.ray = cluster, and only with it")
+            raise ValueError("ray_address goes with ray = cluster, and only with it")
         return self
+
+
+class SourceConfig(Strict):
+    """One data set of a mixture."""
+
+    path: Location  # a folder, or a URL of what `spikescale data push` wrote
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None  # None: the folder's
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the tokens, relative to the others'
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it while the others make theirs
+    stream: StreamConfig | None = None  # with data.mode = streaming: it is prepared in path meanwhile
+
+    @property
+    def label(self) -> str:
+        """How the source is called in metrics."""
+        return self.name or Path(self.path).name
+
+    @property
+    def place(self) -> str:
+        """The same for two sources exactly if their data are in one place."""
+        return self.path if "://" in self.path else str(Path(self.path).resolve())
 
 
 class CurriculumStage(Strict):
@@ -155,8 +161,8 @@ class DataConfig(Strict):
     """Prepared data and the order in which it is read: one data set (path), or a mixture (sources)."""
 
     path: Location | None = None  # a folder, or a URL of what `spikescale data push` wrote
-    mode: Literal["prepared", "streaming"] = "prepared"  # streaming: `stream` is prepared in path meanwhile
-    stream: StreamConfig | None = None
+    mode: Literal["prepared", "streaming"] = "prepared"  # streaming: prepared while the run reads it
+    stream: StreamConfig | None = None  # what is prepared in path; in a mixture each source has its own
     sources: tuple[SourceConfig, ...] = ()
     curriculum: tuple[CurriculumStage, ...] = ()  # after its last stage: model.context_length
     shuffle_window: Positive = 8  # shards whose samples are mixed with one another
@@ -169,22 +175,59 @@ class DataConfig(Strict):
             raise ValueError("data.path is missing (or data.sources, for a mixture)")
         if self.path is not None and self.sources:
             raise ValueError("data.path and data.sources are both given: a mixture has no path of its own")
-        if self.mode == "streaming" and (self.path is None or self.stream is None):
-            raise ValueError("data.mode = streaming needs data.path (a folder to write to) and data.stream")
-        if self.mode == "streaming" and "://" in str(self.path):
-            raise ValueError("data.mode = streaming needs a folder in data.path, not a URL")
+        if self.sources:
+            self._require_mixture()
         if self.mode == "prepared" and self.stream is not None:
             raise ValueError("data.stream is given, but data.mode is prepared: set it to streaming")
-        kinds = {(source.weight is not None, source.epochs is not None) for source in self.sources}
-        if self.sources and kinds not in ({(True, False)}, {(False, True)}):
-            raise ValueError("data.sources: give every source a weight, or every source its epochs")
-        labels = [source.label for source in self.sources]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"data.sources: names must differ, not {', '.join(labels)}; set name")
+        if self.mode == "streaming":
+            self._require_streams()
         ends = [stage.until_step for stage in self.curriculum]
         if ends != sorted(set(ends)):
             raise ValueError(f"data.curriculum: until_step must grow from stage to stage, not {ends}")
         return self
+
+    def _require_mixture(self) -> None:
+        kinds = {(source.weight is not None, source.epochs is not None) for source in self.sources}
+        if kinds not in ({(True, False)}, {(False, True)}):
+            raise ValueError("data.sources: give every source a weight, or every source its epochs")
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"data.sources: names must differ, not {', '.join(labels)}; set name")
+        places: dict[str, str] = {}
+        for source in self.sources:
+            other = places.setdefault(source.place, source.label)
+            if other != source.label:
+                raise ValueError(f"data.sources: {other} and {source.label} have the same path")
+            if source.stream is not None and self.mode == "prepared":
+                raise ValueError(
+                    f"data.sources: {source.label} has a stream, but data.mode is prepared: set it to"
+                    " streaming"
+                )
+
+    def _require_streams(self) -> None:
+        if not self.sources and (self.path is None or self.stream is None):
+            raise ValueError("data.mode = streaming needs data.path (a folder to write to) and data.stream")
+        if self.sources and self.stream is not None:
+            raise ValueError("data.stream goes with data.path: in a mixture each of data.sources has its own")
+        streamed = [part for part in self.parts if part.stream is not None]
+        if not streamed:
+            raise ValueError("data.mode = streaming needs a stream in at least one of data.sources")
+        for part in streamed:
+            if part.epochs is not None:
+                raise ValueError(
+                    f"data.sources: {part.label} is streamed, so its tokens are not known yet: give every"
+                    " source a weight in place of epochs"
+                )
+            if "://" in part.path:
+                where = f"the path of {part.label} in data.sources" if self.sources else "data.path"
+                raise ValueError(f"data.mode = streaming needs a folder in {where}, not a URL")
+
+    @property
+    def parts(self) -> tuple[SourceConfig, ...]:
+        """The data sets: the sources, or the single one as a mixture of itself alone."""
+        if self.path is None:
+            return self.sources
+        return (SourceConfig(path=self.path, weight=1.0, stream=self.stream),)
 
 
 class ZeroConfig(Strict):

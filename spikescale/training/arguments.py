@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from typing import get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from spikescale.config import RunConfig
+from spikescale.config.load import group_in
 
 DESCRIPTION = """Pretrain a spiking language model.
 
@@ -58,13 +60,26 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def setting_list(kind: type[BaseModel] = RunConfig, prefix: str = "") -> str:
-    """Every setting with its default, one a line."""
+def setting_list(
+    kind: type[BaseModel] = RunConfig, prefix: str = "", told: dict[type[BaseModel], str] | None = None
+) -> str:
+    """Every setting with its default, one a line; `x[].` are keys of each item of the list x.
+
+    told: groups whose keys have been listed, and where.
+    """
+    told = {} if told is None else told
     lines = []
     for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines.append(setting_list(field.annotation, f"{prefix}{name}."))
-        else:
-            default = "(required)" if field.default is PydanticUndefined else f"= {field.default}"
-            lines.append(f"  {prefix}{name} {default}")
+        group = group_in(field.annotation)
+        if group is field.annotation and group is not None:
+            lines.append(setting_list(group, f"{prefix}{name}."))
+            continue
+        default = "(required)" if field.default is PydanticUndefined else f"= {field.default}"
+        lines.append(f"  {prefix}{name} {default}")
+        if group is not None and group in told:
+            lines[-1] += f", with the keys of {told[group]}"
+        elif group is not None:
+            told[group] = f"{prefix}{name}"
+            mark = "[]" if get_origin(field.annotation) is tuple else ""
+            lines.append(setting_list(group, f"{prefix}{name}{mark}.", told))
     return "\n".join(lines)

@@ -1,30 +1,36 @@
-"""What a run trains on: one prepared data set, or a mixture of several."""
+"""What a run trains on: one data set, or a mixture of several, each prepared or still being made."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from spikescale.config import DataConfig, RunConfig
+from spikescale.config import DataConfig
 from spikescale.data_pipeline.blend import Blend, Ingredient
-from spikescale.data_pipeline.clean import CleanSettings
 from spikescale.data_pipeline.feeder import ProducerProcess
 from spikescale.data_pipeline.live import LiveDataset
 from spikescale.data_pipeline.manifest import Manifest, TokenizerInfo, Totals, load_manifest, total
-from spikescale.data_pipeline.producer import ProducerJob, clean_settings
-from spikescale.data_pipeline.sources.base import chosen_options
 from spikescale.data_pipeline.stream import TokenStream
 from spikescale.errors import UserError
 
 
 @dataclass(frozen=True)
 class Part:
-    """One prepared data set. `weight`: its share of the tokens, relative to the other parts' weights."""
+    """One data set.
+
+    Attributes:
+        name: how it is called in metrics.
+        manifest: what it holds, finished or growing.
+        weight: its share of the tokens, relative to the other parts' weights.
+        producer: on rank 0, who makes it while it is being read.
+    """
 
     name: str
     manifest: Manifest | LiveDataset
     weight: float
+    producer: ProducerProcess | None = None
 
 
 @dataclass(frozen=True)
@@ -32,41 +38,56 @@ class Dataset:
     """The parts of the training data, of one tokenizer; a single one unless they are mixed."""
 
     parts: tuple[Part, ...]
-    producer: ProducerProcess | None = None  # on rank 0, while the data are being made
 
     @classmethod
     def open(
-        cls, config: DataConfig, verify: str, made: bool = True, producer: ProducerProcess | None = None
+        cls,
+        config: DataConfig,
+        prepared: Mapping[str, Manifest],
+        producers: Mapping[str, ProducerProcess],
+        made: Collection[str],
+        verify: str,
     ) -> "Dataset":
-        """Read the manifests and check their files. Raises UserError.
+        """The data of a run. Raises UserError.
 
-        made: False while the data are being made; their head must be there. producer: on rank 0, who does.
+        prepared: what `open_prepared` gave. producers: on rank 0, those of the streamed data sets, whose
+        heads must be there. made: names of those that have been made already: read like prepared ones.
         """
-        if config.path is not None and not made:
-            needs = producer.need if producer else lambda first, stop: None
-            live = LiveDataset(Path(config.path), needs)
-            return cls((Part(live.folder.name, live, 1.0),), producer)
-        if config.path is not None:
-            return cls((Part(Path(config.path).name, _manifest(config.path, verify), 1.0),))
         parts = []
-        for source in config.sources:
-            manifest = _manifest(source.path, verify)
-            tokens = manifest.totals("train").tokens
-            weight = tokens * source.epochs if source.epochs else float(source.weight or 0)
-            if not weight:
-                raise UserError(f"{source.path}: has no training tokens to make epochs of")
-            parts.append(Part(source.label, manifest, weight))
+        for part in config.parts:
+            weight = part.weight or 0.0
+            if part.stream is None:
+                manifest = prepared[part.label]
+                if part.epochs is not None:
+                    weight = manifest.totals("train").tokens * part.epochs
+                if not weight:
+                    raise UserError(f"{part.path}: has no training tokens to make epochs of")
+                parts.append(Part(part.label, manifest, weight))
+            elif part.label in made:
+                parts.append(Part(part.label, _manifest(part.path, verify), weight))
+            else:
+                producer = producers.get(part.label)
+                live = LiveDataset(Path(part.path), producer.need if producer else _needs_nothing)
+                parts.append(Part(part.label, live, weight, producer))
         return cls(tuple(parts))
 
     @property
-    def live(self) -> bool:
-        """Whether the data are still being made."""
-        return not self.parts[0].manifest.complete
+    def live(self) -> list[Part]:
+        """The parts that are still being made."""
+        return [part for part in self.parts if not part.manifest.complete]
 
-    def settled(self) -> "Dataset":
-        """The data as they are when they have been made. Raises UserError for files that are not whole."""
-        parts = [replace(part, manifest=load_manifest(part.manifest.folder, "size")) for part in self.parts]
-        return replace(self, parts=tuple(parts))
+    def settled(self, names: Collection[str]) -> "Dataset":
+        """The data, these parts as they are when they have been made.
+
+        Raises UserError for files that are not whole.
+        """
+        parts = [
+            Part(part.name, load_manifest(part.manifest.folder, "size"), part.weight)
+            if part.name in names
+            else part
+            for part in self.parts
+        ]
+        return Dataset(tuple(parts))
 
     @property
     def mixed(self) -> bool:
@@ -122,6 +143,14 @@ class Dataset:
         )
 
 
+def open_prepared(config: DataConfig, verify: str) -> dict[str, Manifest]:
+    """The manifests, by name, of the data sets that were prepared before; their files are checked.
+
+    verify: `full` compares checksums, anything else sizes. Raises UserError.
+    """
+    return {part.label: _manifest(part.path, verify) for part in config.parts if part.stream is None}
+
+
 def _manifest(location: str, verify: str) -> Manifest:
     mode: Literal["full", "size"] = "full" if verify == "full" else "size"
     if "://" in location:
@@ -132,47 +161,5 @@ def _manifest(location: str, verify: str) -> Manifest:
     return load_manifest(Path(location), mode)
 
 
-def producer_job(config: RunConfig) -> ProducerJob:
-    """What `data.stream` asks for, with the order in which this run reads it."""
-    data, stream = config.data, config.data.stream
-    assert stream is not None and data.path is not None  # the schema says so
-    folder = Path(data.path).absolute()
-    names = ("text_key", "split_on", "format", "encoding")
-    plain = {name: getattr(stream, name) for name in names}
-    options = chosen_options(stream.bad_records, stream.condition_on, stream.partition_mib, None, **plain)
-    split = {"valid_fraction": stream.valid_fraction, "test_fraction": stream.test_fraction}
-    return ProducerJob(
-        output=str(folder),
-        source=list(stream.source),
-        options=options,
-        catalogs=[str(path) for path in stream.catalogs],
-        settings={
-            "tokenizer": stream.tokenizer,
-            "eos": stream.eos,
-            "split": split,
-            "limit_documents": stream.limit_documents,
-            "condition_on": list(stream.condition_on),
-            "condition_dropout": stream.condition_dropout,
-            "bad_records": stream.bad_records,
-            "max_bad_share": stream.max_bad_share,
-            "clean": _cleaning(stream.clean),
-            "tokenizer_sample_characters": int(stream.tokenizer_sample_mchars * 1_000_000),
-            "workers": 1 if stream.ray == "none" else stream.workers,
-            "ray": stream.ray != "none",
-            "ray_address": stream.ray_address,
-        },
-        seed=data.seed,
-        shuffle_window=data.shuffle_window,
-        valid_tokens=config.train.evaluate_tokens,
-        ahead_shards=stream.look_ahead_shards,
-        ahead_bytes=stream.look_ahead_mib << 20,
-    )
-
-
-def _cleaning(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of cleaning, checked here so that a mistake is told before anything starts."""
-    known = sorted(field.name for field in fields(CleanSettings))
-    for name in given:
-        if name not in known:
-            raise UserError(f"data.stream.clean: unknown key {name}; allowed here: {', '.join(known)}")
-    return asdict(clean_settings(given))
+def _needs_nothing(first: int, stop: int) -> None:
+    """Other ranks than 0 have nobody to ask for shards."""

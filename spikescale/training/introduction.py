@@ -33,13 +33,18 @@ def introduce(run: "Pretraining") -> float:
         part = model.context_length // layout.context
         say(f"sequences are divided over {layout.context} ranks, {part} tokens each")
     planned = config.train.steps * run.tokens_per_step
-    say(
-        f"data {run.data.folders}: {planned} tokens of it planned, {run.data.parts[0].manifest.partitions}"
-        " shards that are made while they are read"
-        if run.data.live
-        else f"data {run.data.folders}: {totals.tokens} tokens, {totals.documents} documents to train on,"
-        f" {planned / totals.tokens:.2f} epochs planned"
-    )
+    if run.data.live:
+        counts = [(part.name, f"{part.manifest.partitions} shards") for part in run.data.live]
+        growing = ", ".join(f"{name} {count}" for name, count in counts) if run.data.mixed else counts[0][1]
+        say(
+            f"data {run.data.folders}: {planned} tokens of it planned, {growing} that are made while they"
+            " are read"
+        )
+    else:
+        say(
+            f"data {run.data.folders}: {totals.tokens} tokens, {totals.documents} documents to train on,"
+            f" {planned / totals.tokens:.2f} epochs planned"
+        )
     if run.data.mixed:
         shares = (f"{part.name} {share:.2%}" for part, share in run.data.shares("train"))
         say(f"mixture by tokens: {', '.join(shares)}")

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from spikescale.config import RunConfig, load_config
-from spikescale.data_pipeline.feeder import ProducerProcess
+from spikescale.data_pipeline.manifest import Manifest
 from spikescale.errors import UserError
 from spikescale.faults.exits import DONE, INTERRUPTED, LOST, REQUEUE, RequeueError, is_lost_rank
 from spikescale.faults.guard import Guard
@@ -33,9 +33,10 @@ from spikescale.training.bootstrap import (
     set_threads,
 )
 from spikescale.training.checkpoint import is_write_failure, write_failure
-from spikescale.training.dataset import Dataset, producer_job
+from spikescale.training.dataset import Dataset, open_prepared
 from spikescale.training.engine import has_bfloat16, micro_batching, uses_fused_loss
 from spikescale.training.offload import require_offload
+from spikescale.training.production import Production, producer_jobs
 from spikescale.training.run import Inputs, Pretraining
 
 ROUND_SECONDS = 20.0
@@ -58,31 +59,34 @@ def pretrain(config: RunConfig, process: Process, guard: Guard | None = None) ->
     # One process a machine checks every byte; the others would only read the same files again.
     verify = config.data.verify if process.local_rank == 0 else "size"
     with contextlib.ExitStack() as held:
-        producer = _start_producer(config, process, held)
-        streams = config.data.mode == "streaming"
-        made = not streams or from_main(process, lambda: producer is not None and producer.complete)
-        data = agreed(process, lambda: Dataset.open(config.data, verify, made, producer))
+        prepared = agreed(process, lambda: open_prepared(config.data, verify))
+        production = _start_production(config, process, prepared, held)
+        made = from_main(process, production.made)
+        data = agreed(
+            process, lambda: Dataset.open(config.data, prepared, production.producers, made, verify)
+        )
         _pretrain_on(data, config, process, layout, guard)
 
 
-def _start_producer(
-    config: RunConfig, process: Process, held: contextlib.ExitStack
-) -> ProducerProcess | None:
-    """On rank 0, where data are made while they are read: whoever makes them, ready for the first step."""
+def _start_production(
+    config: RunConfig, process: Process, prepared: dict[str, Manifest], held: contextlib.ExitStack
+) -> Production:
+    """Where data are made while they are read: on rank 0, whoever makes them, ready for the first step."""
 
-    def start() -> ProducerProcess | None:
-        if not process.is_main:
-            return None
-        print(f"data {config.data.path}: starting to make it ...", flush=True)
-        return held.enter_context(ProducerProcess(producer_job(config)))
+    def start() -> Production:
+        production = Production(producer_jobs(config, prepared) if process.is_main else {})
+        for part in config.data.parts:
+            if part.label in production.producers:
+                print(f"data {part.path}: starting to make it ...", flush=True)
+        return held.enter_context(production)
 
-    if config.data.mode != "streaming":
-        return None
-    producer = agreed(process, start)
+    production = agreed(process, start)
     # In rounds: a first pass over a large corpus takes longer than a collective may.
-    while not from_main(process, lambda: producer is None or producer.wait_for_head(ROUND_SECONDS)):
+    while config.data.mode == "streaming" and not from_main(
+        process, lambda: production.wait_for_heads(ROUND_SECONDS)
+    ):
         pass
-    return producer
+    return production
 
 
 def _pretrain_on(

@@ -28,14 +28,20 @@ def sample_texts(run: "Pretraining") -> list[str]:
 
 
 def settled(run: "Pretraining") -> Dataset:
-    """The data of the run: all of them if they have been made by now, else what there is to validate."""
+    """The data of the run: of parts that have not been made by now, what there is to validate."""
     if not run.data.live:
         return run.data
-    producer = run.data.producer
-    if from_main(run.process, lambda: producer is not None and producer.complete):
-        return agreed(run.process, run.data.settled)
-    run.console.say("the data are not all made: the shards that validation had from the start are evaluated")
-    return run.data
+    made = from_main(
+        run.process,
+        lambda: [part.name for part in run.data.live if part.producer and part.producer.complete],
+    )
+    data = agreed(run.process, lambda: run.data.settled(made))
+    if data.live:
+        which = f" ({', '.join(part.name for part in data.live)})" if data.mixed else ""
+        run.console.say(
+            f"the data are not all made{which}: the shards that validation had from the start are evaluated"
+        )
+    return data
 
 
 def final_report(run: "Pretraining") -> None:

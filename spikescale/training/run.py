@@ -54,8 +54,8 @@ from spikescale.training.samples import (
 from spikescale.training.schedule import learning_rate
 from spikescale.training.source_losses import SourceLosses
 from spikescale.training.validation import validate
+from spikescale.training.waiting import DataWaits
 
-WAIT_SHARE = 0.01  # of the time spent waiting for data, from which on it is told who is slow
 WAIT_ROUND_SECONDS = 1.0
 WAIT_TOLD_SECONDS = 10.0
 
@@ -115,6 +115,7 @@ class Pretraining:
         self.teacher = Teacher.of(config, inputs.tokenizer, process.device)
         names = [part.name for part in self.data.parts]
         self.source_losses = SourceLosses(names, self.parts.token_losses, process.device)
+        self.waits = DataWaits(self.data, process)
         self.tokens_per_step = train.batch_size * model.context_length
         self.validation: LanguageModelResult | None = None
         self.validated_step = 0
@@ -302,6 +303,7 @@ class Pretraining:
         health = self.health.observe()
         self.mean_firing_rate = health.mean_rate
         speed = self.clock.read()
+        wait_share, told = self.waits.look(speed.wait_share)
         per_second = self.tokens_per_step / speed.seconds_per_step
         flops = per_second * training_flops_per_token(self.config.model)
         record = {
@@ -313,7 +315,7 @@ class Pretraining:
             "tokens_per_second": per_second,
             "flops_per_second": flops,
             "peak_share": flops / (self.peak * self.process.world_size),
-            "data_wait_share": speed.wait_share,
+            "data_wait_share": wait_share,
             "firing_rate": self.mean_firing_rate,
             "firing_rates": health.rates,
             "dead_neurons": health.dead,
@@ -321,24 +323,14 @@ class Pretraining:
         }
         if outcome.source_losses:
             record["source_losses"] = outcome.source_losses
-        self._tell_wait(speed.wait_share)
+        if told:
+            self.console.say(f"step {self.step}: {told}")
         self.console.log(record, (self.config.train.steps - self.step) * self.clock.seconds_per_step(speed))
         self.records.write(record)
         if self.step >= self.config.train.warmup_steps:
             for change in self.health.changes(health):
                 self.console.say(f"step {self.step}: {change.sentence}")
                 self.records.event(change.event, self.step, layer=change.layer, share=change.share)
-
-    def _tell_wait(self, share: float) -> None:
-        producer = self.data.producer
-        if producer is None:
-            return
-        slowest = producer.slowest()
-        if share > WAIT_SHARE:
-            made = f"{producer.done} of {producer.partitions} shards are made"
-            self.console.say(
-                f"step {self.step}: {share:.1%} of the time went to waiting for data: {made}; {slowest}"
-            )
 
     def read_ahead(self) -> str | None:
         """Have the next batch, or know that it cannot be had; or stop waiting for it: why the run is to stop.
@@ -358,7 +350,8 @@ class Pretraining:
             waited = time.monotonic() - began
             if waited - told >= WAIT_TOLD_SECONDS:
                 told = waited
-                self.console.say(f"step {self.step}: waiting for data, {waited:.0f} s so far")
+                whose = self.waits.waited_for()
+                self.console.say(f"step {self.step}: waiting for data{whose}, {waited:.0f} s so far")
         self.feed.read_ahead()
         return None
 

@@ -1,5 +1,6 @@
 """Settings: merged in the right order, and refused in one clear line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from spikescale.config import load_config, load_model_preset
 from spikescale.config.load import preset_names
 from spikescale.errors import UserError
+from spikescale.training.arguments import setting_list
 
 RUN_FILES = sorted(Path(__file__).parents[2].glob("configs/run/*.yaml"))
 
@@ -76,6 +78,80 @@ def test_missing_data_path_is_said(tmp_path):
     path.write_text("data: {seed: 1}\n")
     with pytest.raises(UserError, match=r"data\.path is missing"):
         load_config(path)
+
+
+STREAM = {"source": ["corpus.jsonl"]}
+ONE, TWO = {"path": "data/one", "weight": 7, "stream": STREAM}, {"path": "data/two", "weight": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"mode": "prepared", "sources": [ONE, TWO]}, "one has a stream, but data.mode is prepared: set it"),
+        (
+            {"mode": "prepared", "path": "x", "stream": STREAM},
+            "data.stream is given, but data.mode is prepared",
+        ),
+        ({"sources": [TWO]}, "data.mode = streaming needs a stream in at least one of data.sources"),
+        ({"path": "x"}, "data.mode = streaming needs data.path (a folder to write to) and data.stream"),
+        ({"sources": [ONE, TWO], "stream": STREAM}, "data.stream goes with data.path: in a mixture each"),
+        (
+            {"sources": [{**ONE, "path": "s3://b/one"}]},
+            "a folder in the path of one in data.sources, not a URL",
+        ),
+        ({"path": "s3://b/one", "stream": STREAM}, "needs a folder in data.path, not a URL"),
+        (
+            {"sources": [{"path": "a", "epochs": 1, "stream": STREAM}, {"path": "b", "epochs": 2}]},
+            "data.sources: a is streamed, so its tokens are not known yet: give every source a weight",
+        ),
+        ({"sources": [ONE, {**TWO, "epochs": 1}]}, "give every source a weight, or every source its epochs"),
+        ({"sources": [ONE, {**TWO, "path": "data/two/../one/"}]}, "data.sources: names must differ"),
+        (
+            {"sources": [ONE, {**TWO, "name": "two", "path": "data/two/../one/"}]},
+            "data.sources: one and two have the same path",
+        ),
+        (
+            {"sources": [{**ONE, "stream": {**STREAM, "worker": 2}}]},
+            "unknown key data.sources.0.stream.worker; allowed here: source, catalogs, tokenizer, eos",
+        ),
+        ({"sources": [{**ONE, "stream": {"source": []}}]}, "data.sources.0.stream: source is empty"),
+        ({"path": "x", "stream": {**STREAM, "ray": "cluster"}}, "data.stream: ray_address goes with ray"),
+    ],
+)
+def test_streams_that_cannot_be_are_one_clear_line(tmp_path, data, complaint):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"data": {"mode": "streaming", **data}}))
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_streamed_and_prepared_sources_may_be_mixed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"data": {"mode": "streaming", "sources": [ONE, TWO]}}))
+    parts = load_config(path).data.parts
+    assert [(part.label, part.stream is not None) for part in parts] == [("one", True), ("two", False)]
+    path.write_text(json.dumps({"data": {"mode": "streaming", "path": "data/one", "stream": STREAM}}))
+    (part,) = load_config(path).data.parts
+    assert (part.label, part.path, part.weight, part.stream.source) == (
+        "one",
+        "data/one",
+        1,
+        ("corpus.jsonl",),
+    )
+
+
+def test_help_lists_the_keys_of_groups_that_may_be_left_out():
+    lines = setting_list().splitlines()
+    assert len(set(lines)) == len(lines)
+    for line in (
+        "  data.stream.workers = 1",
+        "  data.sources[].path (required)",
+        "  data.sources[].stream = None, with the keys of data.stream",
+        "  data.curriculum[].until_step (required)",
+        "  train.lr = 0.001",
+    ):
+        assert line in lines
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.tracking.metrics_file import read_metrics
 
 SAME = ("loss", "gradient_norm", "lr", "tokens", "firing_rate", "valid_loss")
+PREPARE = ["data", "prepare", "--tokenizer", "byte", "--no-ray", "--quiet", "--partition-mib", "0.0025"]
+PREPARE += ["--valid-fraction", "0.15"]
 
 
 @pytest.fixture
@@ -27,22 +30,27 @@ def corpus(tmp_path: Path) -> Path:
 
 def run_file(folder: Path, name: str, data: dict, **train: object) -> Path:
     content = {"name": name, "output": str(folder / "runs"), **TINY, "data": data}
-    content["train"] = {**TINY["train"], "steps": 24, "evaluate_tokens": 3000, **train}
+    content["train"] = {**TINY["train"], "steps": 24, "evaluate_tokens": 600, **train}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(content))
     return path
 
 
 def streaming(folder: Path, corpus: Path, **stream: object) -> dict:
-    settings = {"source": [str(corpus)], "partition_mib": 0.0025, "ray": "none", **stream}
+    settings = {
+        "source": [str(corpus)],
+        "partition_mib": 0.0025,
+        "ray": "none",
+        "valid_fraction": 0.15,
+        **stream,
+    }
     return {"path": str(folder / "live"), "mode": "streaming", "shuffle_window": 3, "stream": settings}
 
 
 def prepare(folder: Path, corpus: Path) -> dict:
     from spikescale.cli.main import main
 
-    words = ["data", "prepare", "--source", str(corpus), "--tokenizer", "byte", "--no-ray", "--quiet"]
-    assert main([*words, "--partition-mib", "0.0025", "--output", str(folder / "finished")]) == 0
+    assert main([*PREPARE, "--source", str(corpus), "--output", str(folder / "finished")]) == 0
     return {"path": str(folder / "finished"), "shuffle_window": 3}
 
 
@@ -82,17 +90,16 @@ def test_a_run_that_is_stopped_goes_on_live_and_then_finished(tmp_path: Path, co
     launch(["--config", str(run_file(tmp_path, "finished", finished, **settings))])
     live = streaming(tmp_path, corpus, look_ahead_shards=3)
     path = run_file(tmp_path, "live", live, **settings)
-    stopped = launch(["--config", str(path), "faults.inject=kill rank 0 at step 11"], check=False)
-    assert stopped.returncode != 0
+    stopped = launch(["--config", str(path), "faults.inject=kill@11"], check=False)
+    assert stopped.returncode == -signal.SIGKILL
     shards = len(list((tmp_path / "live").glob("train-*.bin")))
-    assert shards < len(list((tmp_path / "finished").glob("train-*.bin")))  # it did not run ahead
-    launch(["--config", str(path), "train.steps=24"])
+    assert 0 < shards < len(list((tmp_path / "finished").glob("train-*.bin")))  # it did not run ahead
+    assert "resumed at step 8" in launch(["--config", str(path), "train.steps=24"]).stdout
     assert curve(tmp_path, "live") == curve(tmp_path, "finished")
     # A checkpoint of the live data is good for the finished ones: same order, by the same request.
     from spikescale.cli.main import main
 
-    words = ["data", "prepare", "--source", str(corpus), "--tokenizer", "byte", "--no-ray", "--quiet"]
-    assert main([*words, "--partition-mib", "0.0025", "--output", str(tmp_path / "live")]) == 0
+    assert main([*PREPARE, "--source", str(corpus), "--output", str(tmp_path / "live")]) == 0
     content = json.loads(path.read_text())
     content["data"] = {"path": str(tmp_path / "live"), "shuffle_window": 3}
     content["train"]["steps"] = 26
