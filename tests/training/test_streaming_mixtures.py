@@ -30,7 +30,7 @@ from spikescale.training.production import Production, producer_jobs
 from spikescale.training.waiting import DataWaits
 
 SAME = ("loss", "gradient_norm", "tokens", "source_losses", "valid_loss", "valid_source_losses")
-TEXT_MIB, CODE_MIB = 0.0025, 0.0005  # 32 shards and 16
+TEXT_MIB, CODE_MIB = 0.0025, 0.0005  # 35 shards and 16
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_the_curve_is_that_of_the_finished_mixture_to_the_bit(tmp_path: Path, co
         first = launch([*words, "faults.inject=kill@10"], "torchrun", 2, check=False)
     assert first.returncode != 0 and len(killed) == 1
     assert "mixture by tokens: text 40.00%, books 20.00%, code 40.00%" in first.stdout
-    assert "planned, text 32 shards, code 16 shards that are made while they are read" in first.stdout
+    assert "planned, text 35 shards, code 16 shards that are made while they are read" in first.stdout
     second = launch([*words, "faults.inject=kill@19:rank1"], "torchrun", 2, check=False)
     assert "resumed at step 8" in second.stdout
     assert nobody_writes(tmp_path / "text") and not (tmp_path / "text" / "manifest.json").exists()
