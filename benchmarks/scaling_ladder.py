@@ -32,6 +32,8 @@ from spikescale.scaling.plan_file import read_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FAMILIES = "spikegpt,rwkv"
+# Shards that are mixed with one another: all of them. With fewer, a short run reads the first corpora only.
+SHUFFLE = "data.shuffle_window=64"
 SWEEP = {
     "--sizes": "4x32,4x64,4x128",
     "--tokens": "0.3M",
@@ -62,7 +64,7 @@ LADDERS = {
         ("linux-docs", "python-docs", "sotu"),
         "0.006",
         "4x32,4x48,4x64,4x96,4x128,4x192,4x256",
-        "0.25M,0.5M,1M,2M,4M",
+        "0.25M,0.5M,1M,2M",
         "2.4e13",
     ),
     "bpe": Rungs(
@@ -71,7 +73,7 @@ LADDERS = {
         "0.02",
         "4x24,4x32,4x64,4x96,4x128,4x192,4x256",
         "0.25M,0.5M,1M,2M",
-        "3e13",
+        "2.4e13",
     ),
 }
 FIG_3 = ("216m", "430m", "1b2")  # presets of the paper's figure, of 0.9G tokens each
@@ -143,7 +145,7 @@ class Ladder:
                 ".",
             ]
             options = [word for pair in settings.items() for word in pair]
-            self.call(*words, "--variants", FAMILIES, "--output", str(path), *options)
+            self.call(*words, "--variants", FAMILIES, "--output", str(path), *options, "--set", SHUFFLE)
         return path
 
     def rule(self) -> str:
