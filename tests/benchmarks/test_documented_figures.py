@@ -212,3 +212,15 @@ def test_documents_show_what_the_files_have():
     assert f"of {found['starts']} of the 4,500 starts" in text
     assert found["with_steps"] == found["starts"]
     assert f"{found['without_steps']} without." in text
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_the_ladders_tables_are_those_of_their_files(script, name, monkeypatch, capsys):
+    tables = script("scaling_tables")
+    monkeypatch.setattr("sys.argv", ["scaling_tables.py", name])
+    assert tables.main() == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("|---")]
+    rows = [line for line in shown if not line.startswith("| family | form | 216m")]
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert len(rows) > 30
+    assert not [line for line in rows if line not in text]
