@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,8 +180,13 @@ class Job:
 
 
 @contextlib.contextmanager
-def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Iterator[Job]:
-    """Everything before the first shard: claim the folder, start the workers, make the tokenizer."""
+def opened_job(
+    source: Source, output: Path, settings: PrepareSettings, patience: float = 0.0
+) -> Iterator[Job]:
+    """Everything before the first shard: claim the folder, start the workers, make the tokenizer.
+
+    Waits `patience` seconds for another process to leave the folder.
+    """
     spec = parse_spec(settings.tokenizer)
     if settings.workers < 1:
         raise UserError(f"workers = {settings.workers}: must be at least 1")
@@ -200,7 +206,7 @@ def opened_job(source: Source, output: Path, settings: PrepareSettings) -> Itera
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made a folder ({error.strerror})") from None
-    with _locked(output), room_needed(output):
+    with _locked(output, patience), room_needed(output):
         earlier = Earlier()
         if settings.append:
             if settings.clean.active or settings.bad_records == "quarantine":
@@ -287,15 +293,25 @@ def _request(source: Source, partitions: Sequence[Partition], settings: PrepareS
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, patience: float) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
+    until = time.monotonic() + patience
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _lock(descriptor):
+            if time.monotonic() > until:
+                raise UserError(f"{folder}: another `data prepare` is writing there")
+            time.sleep(0.1)
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another `data prepare` is writing there") from None
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> None:

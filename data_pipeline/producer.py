@@ -34,6 +34,7 @@ from spikescale.errors import UserError
 
 IDLE_SECONDS = 0.05
 PATIENCE_SECONDS = 10.0  # for an orderly end, workers included
+PREDECESSOR_SECONDS = 30.0  # for one whose run was killed, and which may still be ending
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Producer:
             name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()
         }
         source = open_source(job.source, catalogs=[Path(path) for path in job.catalogs], **options)
-        with opened_job(source, folder, settings) as opened:
+        with opened_job(source, folder, settings, PREDECESSOR_SECONDS) as opened:
             if opened.complete():
                 self.answer({"kind": "complete"})
                 return

@@ -1,9 +1,11 @@
 """Preparation: shards that megatron-core reads, the same bytes however the work was done or interrupted."""
 
+import fcntl
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from spikescale.data_pipeline.manifest import Manifest, load_manifest
-from spikescale.data_pipeline.prepare import PrepareSettings, prepare
+from spikescale.data_pipeline.prepare import PrepareSettings, opened_job, prepare
 from spikescale.data_pipeline.shards import ShardWriter, dtype_for
 from spikescale.data_pipeline.sources import Document, Source, open_source
 from spikescale.data_pipeline.split import SplitSettings, chunks, split_of
@@ -120,6 +122,24 @@ def test_a_different_request_into_the_same_folder_needs_overwrite(
     with pytest.raises(UserError, match="not a data folder; choose another"):
         prepare(source_of(jsonl), foreign, serial(overwrite=True))
     assert (foreign / "thesis.txt").exists()
+
+
+def test_one_process_at_a_time_writes_into_a_folder_and_the_next_may_wait(
+    tmp_path: Path, jsonl: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    descriptor = os.open(output, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for patience in (0.0, 0.2):
+        with (
+            pytest.raises(UserError, match="another `data prepare` is writing there"),
+            opened_job(source_of(jsonl), output, serial(), patience),
+        ):
+            pass
+    threading.Timer(0.3, os.close, (descriptor,)).start()
+    with opened_job(source_of(jsonl), output, serial(), 60.0) as job:
+        assert job.tasks
 
 
 def test_exact_duplicates_fall_into_one_split(tmp_path: Path, texts: list[str]) -> None:
