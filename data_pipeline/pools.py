@@ -134,7 +134,8 @@ class RayPool:
             return self._run(tasks, workers, actor.remote, listener, supervisor or Supervisor())
         finally:
             for worker in workers:
-                ray.kill(worker)
+                with contextlib.suppress(ray.exceptions.RaySystemError):  # it was never there
+                    ray.kill(worker)
 
     def _run(
         self,
@@ -154,11 +155,15 @@ class RayPool:
         asked: dict[Any, int] = {}
         deaths = [0] * len(tasks)
 
+        def start(index: int, position: int) -> None:
+            try:
+                running[workers[position].execute.remote(tasks[index])] = (index, position)
+            except ray.exceptions.RaySystemError as error:
+                raise UserError(_given_up(index, " ".join(str(error).split()))) from None
+
         def submit() -> None:
             while waiting and idle and supervisor.admits(waiting[0][0]):
-                index, task = waiting.popleft()
-                position = idle.popleft()
-                running[workers[position].execute.remote(task)] = (index, position)
+                start(waiting.popleft()[0], idle.popleft())
             while not waiting and idle:
                 # Nothing is left for it: its core may be what a worker of a lost node is waiting for.
                 ray.kill(workers[idle.popleft()])
@@ -180,17 +185,18 @@ class RayPool:
                 index, position = running.pop(reference)
                 try:
                     well, result, counts, seconds = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
+                except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
                     deaths[index] += 1
                     if deaths[index] == DEATHS:
                         raise UserError(_given_up(index, " ".join(str(error).split()))) from None
                     logger.warning("partition %d: its Ray worker died, a new one repeats it", index)
-                    ray.kill(workers[position])  # it may be cut off from here only
+                    with contextlib.suppress(ray.exceptions.RaySystemError):
+                        ray.kill(workers[position])  # it may be cut off from here only
                     # Where it ran may still be going down, and take the new one along.
                     time.sleep(DEATH_PAUSE_SECONDS * 2 ** (deaths[index] - 1))
                     asked = {asking: other for asking, other in asked.items() if other != position}
                     workers[position] = new_worker()
-                    running[workers[position].execute.remote(tasks[index])] = (index, position)
+                    start(index, position)
                     continue
                 if not well:
                     raise UserError(result)
@@ -206,13 +212,14 @@ class RayPool:
                     with contextlib.suppress(ray.exceptions.RayError):
                         advance(position, ray.get(reference))
                 for position in {position for _, position in running.values()} - set(asked.values()):
-                    asked[workers[position].progress.remote()] = position
+                    with contextlib.suppress(ray.exceptions.RaySystemError):
+                        asked[workers[position].progress.remote()] = position
         return results
 
 
 def _given_up(index: int, reason: str) -> str:
     """The line of an error about workers that died, by what Ray says of the last one."""
-    if "all references to the actor were removed" in reason:
+    if "all references to the actor were removed" in reason or "Actor creation cancelled" in reason:
         # This process holds the reference: what failed is Ray's asking for it.
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         return (
