@@ -136,6 +136,24 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def model_arguments(description: str | None, name: str, runs: str, limit: int) -> argparse.ArgumentParser:
+    """A parser for what is measured of trained models on a test split; `runs` tells of the run folders."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = ROOT / "benchmarks" / "results" / f"{name}.json"
+    parser.add_argument("runs", type=Path, nargs="+", help=runs)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="prepared data, of which the test split is read"
+    )
+    parser.add_argument(
+        "--limit", type=positive, default=limit, help=f"tokens that are read (default: {limit})"
+    )
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--output", type=Path, default=default, help="where the JSON goes")
+    return parser
+
+
 def shown_path(path: Path) -> str:
     """A path as a JSON file names it on every machine: from the project's folder, or its last part."""
     absolute = path.absolute()  # a link stays what it was called

@@ -9,14 +9,20 @@ What `spikescale energy` counts, over the first tokens of the test split of prep
 benchmarks/results/energy.json and .png.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import ROOT, command_line, described_data, described_model, positive, show, write_results
+from common import (
+    command_line,
+    described_data,
+    described_model,
+    model_arguments,
+    show,
+    write_results,
+)
 
 from spikescale.data_pipeline.manifest import load_manifest
 from spikescale.energy import PRICES, Part, count_operations, summarise
@@ -37,19 +43,7 @@ def counted(run: Path, data: Path, limit: int) -> list[Part]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, print the tables, write the JSON and the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = ROOT / "benchmarks" / "results" / "energy.json"
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders; the first is drawn layer by layer")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="prepared data, of which the test split is read"
-    )
-    parser.add_argument(
-        "--limit", type=positive, default=16_384, help="tokens that are read (default: 16384)"
-    )
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--output", type=Path, default=default, help="where the JSON goes")
+    parser = model_arguments(__doc__, "energy", "run folders; the first is drawn layer by layer", 16_384)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:

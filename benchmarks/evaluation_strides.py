@@ -8,7 +8,6 @@ Every number is what `spikescale evaluate RUN --data DATA --limit N` prints with
 `--state carry`. Writes benchmarks/results/evaluation_strides.json.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -18,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, command_line, described_data, described_model, positive, show, write_results
+from common import (
+    command_line,
+    described_data,
+    described_model,
+    model_arguments,
+    positive,
+    show,
+    write_results,
+)
 
 from spikescale.cli.main import main as spikescale
 from spikescale.errors import UserError
@@ -38,20 +45,8 @@ def evaluated(run: Path, data: Path, limit: int, options: Sequence[str]) -> dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate each run in each way, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = ROOT / "benchmarks" / "results" / "evaluation_strides.json"
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, of one context length")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="prepared data, of which the test split is read"
-    )
-    parser.add_argument(
-        "--limit", type=positive, default=20_000, help="tokens that are scored (default: 20000)"
-    )
+    parser = model_arguments(__doc__, "evaluation_strides", "run folders, of one context length", 20_000)
     parser.add_argument("--strides", type=positive, nargs="+", default=[64, 16], help="(default: 64 16)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--output", type=Path, default=default, help="where the JSON goes")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     ways = {"default": [], **{f"--stride {s}": ["--stride", str(s)] for s in arguments.strides}}

@@ -87,7 +87,7 @@ def fewest_bytes(variant: str, size: int) -> float:
         return (16 if "no norm" in options else 28) + 3 * size
     if name == "spike_bits":
         return 2 * size + 2 / 8
-    if name.startswith("lif"):
+    if name.startswith(("lif", "graded_lif")):
         return 5 * size  # x spikes; x dspikes dx
     if name.startswith("token_mix"):
         mixtures = int(name.split(" ")[-1])

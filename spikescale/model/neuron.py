@@ -51,8 +51,7 @@ class LIF(Neuron):
     Args:
         config: what kind; the options beyond SpikeGPT's are described there.
         width: number of channels (here, where a model is divided).
-        backend: of the operator; of graded spikes "reference" is the definition, all others what is fastest
-        here.
+        backend: of the operator.
 
     With `learn_tau` the parameter `tau_logit` (C,) gives tau = 1 + exp(-tau_logit), and with
     `learn_threshold` the parameter `log_threshold` (C,) gives v_threshold = exp(log_threshold).

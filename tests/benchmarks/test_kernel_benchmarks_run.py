@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spikescale.errors import UserError
+from spikescale.kernels.ahead_of_time import OPERATORS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -74,6 +75,15 @@ def test_streaming_names_the_nearer_limit_of_every_contender(
             share = max(limits.values()) / row["median_seconds"]
             assert row["share_of_nearer_limit"] == pytest.approx(share)
     assert [row["position"] for row in results["long_context"]["positions"]] == [64, 256]
+
+
+def test_every_variant_of_every_operator_has_its_fewest_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    static = importlib.import_module("kernels_static")
+    variants = static.all_calls(OPERATORS, (1, 3, 64), torch.float32, (1, 3, 64))
+    assert {name.split(" ")[0].strip(",") for name in variants} >= {"wkv", "lif", "graded_lif", "lif_norm"}
+    for name in variants:
+        assert 0 < static.fewest_bytes(name, 2) < static.fewest_bytes(name, 4)
 
 
 def test_kernels_gpu_without_a_gpu_says_so_and_writes_nothing(
