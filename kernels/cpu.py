@@ -4,7 +4,6 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from spikescale.kernels.build import load
@@ -21,11 +20,6 @@ def pointer(tensor: Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous()
     return tensor.data_ptr()
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as contiguous bytes."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

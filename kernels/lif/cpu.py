@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikescale.kernels.cpu import as_bytes, load_for, pointer
+from spikescale.kernels.cpu import load_for, pointer
+from spikescale.kernels.masks import as_bytes
 
 MARK = 16  # tokens from one saved membrane to the next, as in include/lif.h
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spikescale.kernels.cpu import as_bytes, load_for, pointer
+from spikescale.kernels.cpu import load_for, pointer
+from spikescale.kernels.masks import as_bytes
 
 
 class GradedOptions(ctypes.Structure):

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spikescale.kernels.lif import triton_graded as kernels
-from spikescale.kernels.lif.triton import as_bytes, divisor, launch, number_or_vector
+from spikescale.kernels.lif.triton import divisor, launch, number_or_vector
+from spikescale.kernels.masks import as_bytes
 
 __all__ = ["graded_lif_triton"]
 

@@ -15,6 +15,7 @@ from spikescale.errors import UserError
 from spikescale.kernels import gpu
 from spikescale.kernels.lif import triton_parallel as parallel
 from spikescale.kernels.lif import triton_sequential as sequential
+from spikescale.kernels.masks import as_bytes
 
 __all__ = ["Form", "choose_form", "lif_triton", "warm_up"]
 
@@ -162,11 +163,6 @@ def divisor(tau: Tensor | None, tau_value: float) -> tuple[float, bool]:
     """What kernels take for tau, and whether it is the inverse: a product with a power of two is exact."""
     exact = tau is None and math.frexp(tau_value)[0] == 0.5
     return (1 / tau_value if exact else tau_value), exact
-
-
-def as_bytes(reset: Tensor | None) -> Tensor | None:
-    """A mask as kernels read it."""
-    return None if reset is None else reset.contiguous().view(torch.uint8)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikescale.kernels.cpu import as_bytes, load_for, pointer
+from spikescale.kernels.cpu import load_for, pointer
 from spikescale.kernels.lif.cpu import (
     LifOptions,
     as_number,
@@ -17,6 +17,7 @@ from spikescale.kernels.lif.cpu import (
     needs_grad,
     new_marks,
 )
+from spikescale.kernels.masks import as_bytes
 
 
 class _Options(ctypes.Structure):

@@ -18,6 +18,7 @@ from spikescale.kernels.backend import interpreting
 from spikescale.kernels.lif_norm.reference import dropout_keep
 from spikescale.kernels.lif_norm.triton_backward_kernels import carry_kernel, neuron_kernel, rows_kernel
 from spikescale.kernels.lif_norm.triton_kernels import STRETCH, boundary_kernel, fix_up_kernel, forward_kernel
+from spikescale.kernels.masks import as_bytes
 
 MAX_CHANNELS = 2048  # a program holds whole rows, and more do not fit its registers
 # Tokens. After 48 halvings two membranes are the same float32 number. After 32, one of 100 quiet neurons
@@ -146,10 +147,6 @@ def _as_int32(bits: int) -> int:
     return bits - 2**32 if bits >= 2**31 else bits
 
 
-def _bytes_of(reset: Tensor | None) -> Tensor | None:
-    return None if reset is None else reset.contiguous().view(torch.uint8)
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
@@ -187,7 +184,7 @@ def lif_norm_triton(
     x_out, normed, v_out, v_starts, mean, rstd = _outputs(x, v, weight)
     v_ends = x.new_empty(batch, chunks, channels)
     stream = (x, current)
-    parameters = (_bytes_of(reset), weight, bias, taus, thresholds)
+    parameters = (as_bytes(reset), weight, bias, taus, thresholds)
     outputs = (x_out, normed, mean, rstd, v_starts, v_ends, v_out)
     options = {
         "T": length,
@@ -287,7 +284,7 @@ def lif_norm_triton_backward(
     gains, offsets, carries = (v_starts.new_empty(batch, chunks, channels) for _ in range(3))
     wanted = (grad_normed is not None, grad_normed is not None, with_tau, with_threshold)
     shares = [torch.empty_like(gains) if want else None for want in wanted]
-    byte_reset = _bytes_of(reset)
+    byte_reset = as_bytes(reset)
     options = {
         "T": length,
         "chunks": chunks,

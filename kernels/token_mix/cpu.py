@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikescale.kernels.cpu import as_bytes, load_for, pointer, pointers
+from spikescale.kernels.cpu import load_for, pointer, pointers
+from spikescale.kernels.masks import as_bytes
 
 PIECE = 64  # tokens whose contributions to a mu's gradient are summed in float32, as in cpu.cpp
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikescale.kernels import gpu
+from spikescale.kernels.masks import as_bytes
 
 CHUNK = 32  # tokens of one program
 FORWARD_GROUP = 4  # tokens whose loads are in flight together
@@ -184,7 +185,7 @@ def token_mix_triton(
 def token_mix_forward(
     x: Tensor, mus: Sequence[Tensor], last: Tensor, reset: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    x, last, reset = _adjacent_channels(x), last.contiguous(), _as_bytes(reset)
+    x, last, reset = _adjacent_channels(x), last.contiguous(), as_bytes(reset)
     mus = [mu.contiguous() for mu in mus]
     outputs = _new_outputs(x, mus, dtype)
     # Unfused, the operations are the reference's.
@@ -197,7 +198,7 @@ def token_mix_backward(
     x: Tensor, mus: Sequence[Tensor], last: Tensor, reset: Tensor | None, grads: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (in its dtype), of the mus (N, C) and of last, in float32."""
-    x, last, reset = _adjacent_channels(x), last.contiguous(), _as_bytes(reset)
+    x, last, reset = _adjacent_channels(x), last.contiguous(), as_bytes(reset)
     mus, grads = [mu.contiguous() for mu in mus], [grad.contiguous() for grad in grads]
     batch, length, channels = x.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -247,10 +248,6 @@ def _launch(
 
 def _adjacent_channels(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _as_bytes(reset: Tensor | None) -> Tensor | None:
-    return None if reset is None else reset.contiguous().view(torch.uint8)
 
 
 def _new_outputs(x: Tensor, mus: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikescale.kernels.cpu import as_bytes, load_for, pointer
+from spikescale.kernels.cpu import load_for, pointer
+from spikescale.kernels.masks import as_bytes
 
 CHUNK = 16  # tokens between two marks, as in wkv_state.h
 

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from spikescale.kernels import gpu
+from spikescale.kernels.masks import as_bytes
 from spikescale.kernels.wkv.triton_chunked import wkv_carry, wkv_outputs, wkv_summaries
 from spikescale.kernels.wkv.triton_chunked_backward import wkv_carry_back, wkv_gather, wkv_reverse
 from spikescale.kernels.wkv.triton_plan import BACK_SUB, GROUP, SUB, choose_form
@@ -82,10 +83,6 @@ def _channel_block(channels: int, warps: int) -> tuple[int, int]:
     return block, block // warp
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def _new_saved(k: Tensor, chunk: int, save: bool) -> Tensor:
     """What forward leaves for backward: the past before every chunk, or before every SUB-th token."""
     batch, length, channels = k.shape
@@ -108,7 +105,7 @@ def wkv_triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, saved); chunk 0 is the sequential form, and nothing is saved unless `save`."""
     w, u, state, k, v = w.contiguous(), u.contiguous(), state.contiguous(), _rows(k), _rows(v)
-    gate, reset = None if gate is None else _rows(gate), _bytes(reset)
+    gate, reset = None if gate is None else _rows(gate), as_bytes(reset)
     batch, length, channels = k.shape
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     state_out, saved = torch.empty_like(state), _new_saved(k, chunk, save)
@@ -176,7 +173,7 @@ def wkv_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of w, u (float32), k, v (in their dtype), initial state (0 for m) and gate (or empty)."""
     w, u, k, v, grad_y = w.contiguous(), u.contiguous(), _rows(k), _rows(v), _rows(grad_y)
-    gate, reset = None if gate is None else _rows(gate), _bytes(reset)
+    gate, reset = None if gate is None else _rows(gate), as_bytes(reset)
     grad_state_out = None if grad_state_out is None else grad_state_out.contiguous()
     batch, length, channels = k.shape
     grad_k, grad_v, grad_gate = _new_grads(k, v, gate)

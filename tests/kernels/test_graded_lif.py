@@ -152,9 +152,8 @@ def test_a_named_backend_is_used_or_refused(backend):
     if backend != "triton":
         library.cache_clear()
         graded_lif(torch.ones(1, 2, 3), levels=3, backend=backend)
-        assert library.cache_info().currsize == 1
         library(f"cpu-{instruction_sets()[0]}" if backend == "cpu" else backend)
-        assert library.cache_info().hits >= 1
+        assert library.cache_info().currsize == 1  # that one has run, and no other
 
 
 def test_cpp_that_cannot_be_built_is_replaced_where_none_is_named(caplog, monkeypatch):
