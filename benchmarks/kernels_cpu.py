@@ -23,7 +23,7 @@ from torch import Tensor
 from spikescale.kernels.activations import sigmoid_gate, squared_relu
 from spikescale.kernels.backend import CPU_BACKENDS
 from spikescale.kernels.layer_norm import layer_norm
-from spikescale.kernels.lif import lif
+from spikescale.kernels.lif import graded_lif, lif
 from spikescale.kernels.lif_norm import lif_residual_norm
 from spikescale.kernels.token_mix import token_mix
 from spikescale.kernels.wkv import wkv
@@ -67,6 +67,15 @@ def operators(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> 
             lambda: wkv(w, u, k, v, gate=gate, backend=backend)[:1], (k, v, gate, w, u), (4, 0), (7, 0)
         ),
         "lif": Operator(lambda: lif(x, backend=backend)[:1], (x,), (2, 0), (3, 0)),
+        **{
+            f"graded lif, {levels} levels": Operator(
+                lambda n=levels: graded_lif(x, levels=n, signed=True, tau=1.0, backend=backend)[:1],  # type: ignore[misc]
+                (x,),
+                (2, 0),
+                (3, 0),
+            )
+            for levels in (3, 15)
+        },
         "token mix": Operator(
             lambda: tuple(token_mix(stream, mus, dtype=dtype, backend=backend)),
             (stream, *mus),

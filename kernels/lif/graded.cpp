@@ -4,6 +4,8 @@
 // threshold (C,), reset (B, T) bytes or null; sums are (B, C) float64. The forward operations are the definition's in
 // its order, uncontracted, so that the same neurons fire.
 
+#include <utility>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -16,20 +18,43 @@ struct Options {
     int32_t levels, soft_reset, is_signed, detach_reset;
 };
 
-// The spike of a membrane. LEVELS is the number of levels, or 0: `levels` are.
+// What level k adds to the spike of a membrane.
+template <bool SOFT, bool SIGNED>
+inline float level(float h, float threshold, float k) {
+    const float above = h - k * threshold, below = -h - k * threshold;
+    const float up = (SOFT ? above > 0.0f : above >= 0.0f) ? 1.0f : 0.0f;
+    return SIGNED ? up - ((SOFT ? below > 0.0f : below >= 0.0f) ? 1.0f : 0.0f) : up;
+}
+
+// The spike of a membrane at a number of levels that the compiler knows.
 template <bool SOFT, bool SIGNED, int LEVELS>
-inline float spike(float h, float threshold, int32_t levels) {
-    const int32_t count = LEVELS ? LEVELS : levels;
+inline float spike(float h, float threshold) {
     float s = 0.0f;
-    for (int32_t k = 1; k <= count; k++) {
-        const float above = h - float(k) * threshold;
-        s += (SOFT ? above > 0.0f : above >= 0.0f) ? 1.0f : 0.0f;
-        if (SIGNED) {
-            const float below = -h - float(k) * threshold;
-            s -= (SOFT ? below > 0.0f : below >= 0.0f) ? 1.0f : 0.0f;
-        }
-    }
+    for (int32_t k = 1; k <= LEVELS; k++) s += level<SOFT, SIGNED>(h, threshold, float(k));
     return h != h ? h : s;  // a NaN must stay visible
+}
+
+// The spikes of a row of membranes. LEVELS is the number of levels; 0: `levels` are, and the row is gone through for
+// each, since a loop over the levels inside, whose number is not known here, would not be vector code.
+template <bool SOFT, bool SIGNED, int LEVELS>
+inline void fire(const float* h, const float* threshold, float* spikes, int64_t channels, int32_t levels) {
+    if (LEVELS) {
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++) spikes[c] = spike<SOFT, SIGNED, LEVELS>(h[c], threshold[c]);
+        return;
+    }
+    std::memset(spikes, 0, size_t(channels) * sizeof(float));
+    for (int32_t k = 1; k <= levels; k++)
+#pragma omp simd
+        for (int64_t c = 0; c < channels; c++) spikes[c] += level<SOFT, SIGNED>(h[c], threshold[c], float(k));
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) spikes[c] = h[c] != h[c] ? h[c] : spikes[c];
+}
+
+// The membrane that a spike leaves.
+template <bool SOFT>
+inline float left(float h, float s, float threshold, float v_reset) {
+    return SOFT ? h - s * threshold : (s == 0.0f || s != s ? h : v_reset);
 }
 
 inline float surrogate(float x, float alpha) {
@@ -49,14 +74,19 @@ void forward(const float* x, const float* v0, const uint8_t* reset, const float*
         for (int64_t t = 0; t < e.length; t++) {
             const int64_t row = b * e.length + t, at = row * e.channels;
             if (reset && reset[row]) std::memset(v, 0, size_t(e.channels) * sizeof(float));
+            float *membrane = h + at, *fired = spikes + at;
 #pragma omp simd
             for (int64_t c = 0; c < e.channels; c++) {
-                const float membrane = v[c] + (x[at + c] - (v[c] - v_reset)) / tau[c];
-                const float s = spike<SOFT, SIGNED, LEVELS>(membrane, threshold[c], levels);
-                h[at + c] = membrane;
-                spikes[at + c] = s;
-                v[c] = SOFT ? membrane - s * threshold[c] : (s == 0.0f || s != s ? membrane : v_reset);
+                membrane[c] = v[c] + (x[at + c] - (v[c] - v_reset)) / tau[c];
+                if (!LEVELS) continue;
+                fired[c] = spike<SOFT, SIGNED, LEVELS>(membrane[c], threshold[c]);
+                v[c] = left<SOFT>(membrane[c], fired[c], threshold[c], v_reset);
             }
+            if (LEVELS) continue;
+            fire<SOFT, SIGNED, LEVELS>(membrane, threshold, fired, e.channels, levels);
+#pragma omp simd
+            for (int64_t c = 0; c < e.channels; c++)
+                v[c] = left<SOFT>(membrane[c], fired[c], threshold[c], v_reset);
         }
     });
 }
@@ -69,8 +99,11 @@ void backward(const float* x, const float* v0, const uint8_t* reset, const float
     const int32_t levels = o.levels;
     const bool detach = o.detach_reset;
     parallel_for(e.batch, threads, e.elements(), [=](int64_t b) {
-        Buffer<float> part_tau(e.channels), part_threshold(e.channels), past(e.channels);
-        float *of_tau = part_tau, *of_threshold = part_threshold, *before = past;
+        Buffer<float> part_tau(e.channels), part_threshold(e.channels), past(e.channels), now(e.channels),
+            earlier(e.channels), by_membrane(e.channels), by_theta(e.channels);
+        float *of_tau = part_tau, *of_threshold = part_threshold, *before = past, *slopes = by_membrane;
+        float *slopes_threshold = by_theta, *spikes = now, *spikes_before = earlier;
+        fire<SOFT, SIGNED, LEVELS>(h + ((b + 1) * e.length - 1) * e.channels, threshold, spikes, e.channels, levels);
         float* g = grad_v0 + b * e.channels;
         double *by_tau = sum_tau + b * e.channels, *by_threshold = sum_threshold + b * e.channels;
         std::memcpy(g, grad_v + b * e.channels, size_t(e.channels) * sizeof(float));
@@ -78,31 +111,31 @@ void backward(const float* x, const float* v0, const uint8_t* reset, const float
             const int64_t row = b * e.length + t, at = row * e.channels;
             const bool cut = reset && reset[row];
             // The membrane that the token met.
+            if (t > 0) {
+                const float* last = h + at - e.channels;
+                fire<SOFT, SIGNED, LEVELS>(last, threshold, spikes_before, e.channels, levels);
+#pragma omp simd
+                for (int64_t c = 0; c < e.channels; c++)
+                    before[c] = left<SOFT>(last[c], spikes_before[c], threshold[c], v_reset);
+            } else {
+                std::memcpy(before, v0 + b * e.channels, size_t(e.channels) * sizeof(float));
+            }
             if (cut) std::memset(before, 0, size_t(e.channels) * sizeof(float));
-            else if (t == 0) std::memcpy(before, v0 + b * e.channels, size_t(e.channels) * sizeof(float));
-            else
+            // What a spike's derivatives by membrane and threshold are.
+            std::memset(slopes, 0, size_t(e.channels) * sizeof(float));
+            std::memset(slopes_threshold, 0, size_t(e.channels) * sizeof(float));
+            for (int32_t k = 1; k <= (LEVELS ? LEVELS : levels); k++)
 #pragma omp simd
                 for (int64_t c = 0; c < e.channels; c++) {
-                    const float m = h[at - e.channels + c];
-                    const float s = spike<SOFT, SIGNED, LEVELS>(m, threshold[c], levels);
-                    before[c] = SOFT ? m - s * threshold[c] : (s == 0.0f ? m : v_reset);
+                    const float m = h[at + c], theta = float(k) * threshold[c];
+                    const float up = surrogate(m - theta, alpha), down = SIGNED ? surrogate(-m - theta, alpha) : 0.0f;
+                    slopes[c] += up + down;
+                    slopes_threshold[c] += float(k) * (down - up);
                 }
 #pragma omp simd
             for (int64_t c = 0; c < e.channels; c++) {
-                const int32_t count = LEVELS ? LEVELS : levels;
-                const float m = h[at + c], theta = threshold[c];
-                float slope = 0.0f, slope_threshold = 0.0f;
-                for (int32_t k = 1; k <= count; k++) {
-                    const float up = surrogate(m - float(k) * theta, alpha);
-                    slope += up;
-                    slope_threshold -= float(k) * up;
-                    if (SIGNED) {
-                        const float down = surrogate(-m - float(k) * theta, alpha);
-                        slope += down;
-                        slope_threshold += float(k) * down;
-                    }
-                }
-                const float s = spike<SOFT, SIGNED, LEVELS>(m, theta, levels);
+                const float m = h[at + c], theta = threshold[c], s = spikes[c];
+                const float slope = slopes[c], slope_threshold = slopes_threshold[c];
                 float carried, carried_threshold;
                 if (SOFT) {
                     carried = detach ? 1.0f : 1.0f - theta * slope;
@@ -122,6 +155,7 @@ void backward(const float* x, const float* v0, const uint8_t* reset, const float
                 grad_x[at + c] = gx;
                 g[c] = at_h - gx;
             }
+            std::swap(spikes, spikes_before);
             if (cut) std::memset(g, 0, size_t(e.channels) * sizeof(float));
             // Summed in float64, apart from the loop above, which would not be vector code with it.
             for (int64_t c = 0; c < e.channels; c++) {

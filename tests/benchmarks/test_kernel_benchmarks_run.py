@@ -39,7 +39,7 @@ def test_kernels_cpu_compares_every_operator_with_its_limit_and_target(
     monkeypatch.setattr("spikescale.training.allocator.keep_freed_memory", lambda: None)
     results = run("kernels_cpu", "--quick", "--threads", "1")
     for name, timings in results["timings"].items():
-        assert len(timings) == 1 + 2 * 8
+        assert len(timings) == 1 + 2 * 10
         for what, row in timings.items():
             assert row["times_limit"] == pytest.approx(row["median_seconds"] / row["limit_seconds"])
             has_target = name == "float32" and what.rpartition(" ")[0] in ("wkv", "lif")

@@ -82,7 +82,7 @@ def test_composed_gradients_are_those_of_the_definition(levels, signed, soft, de
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize(("levels", "signed"), KINDS)
+@pytest.mark.parametrize(("levels", "signed"), [*KINDS, (15, False), (255, True)])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("shape", [(2, 30, 7), (1, 1, 1), (3, 63, 33), (1, 100, 100)])
 @pytest.mark.parametrize("detach", [False, True])
