@@ -97,6 +97,9 @@ class Placed(NamedTuple):
     metadata: tuple[tuple[str, str], ...] = ()
 
 
+_new = tuple.__new__
+
+
 def placed_documents(
     partition: Partition, settings: SplitSettings, limit: int | None = None
 ) -> Iterator[Placed]:
@@ -106,21 +109,20 @@ def placed_documents(
     """
     documents = itertools.islice(partition.documents(), limit)
     whole, given = settings.unit == "document", partition.split
-    bounds = _bounds(settings.test_fraction, settings.valid_fraction)
-    for document in documents:
-        for text in (document.text,) if whole else chunks(document.text, settings.chunk_characters):
+    bounds, sha256 = _bounds(settings.test_fraction, settings.valid_fraction), hashlib.sha256
+    for document, place, metadata, _ in documents:
+        for text in (document,) if whole else chunks(document, settings.chunk_characters):
             if not text:
                 continue
             try:
                 encoded = text.encode()
             except UnicodeEncodeError as error:
                 code = ord(text[error.start])
-                raise UserError(
-                    f"{document.place}: not valid Unicode (lone surrogate U+{code:04X})"
-                ) from None
-            digest = hashlib.sha256(encoded).digest()
+                raise UserError(f"{place}: not valid Unicode (lone surrogate U+{code:04X})") from None
+            digest = sha256(encoded).digest()
             split = given or _side(digest, *bounds)
-            yield Placed(text, document.place, split, digest, len(encoded), document.metadata)
+            # As Placed(...), whose own constructor in Python takes longer than hashing a short document.
+            yield _new(Placed, (text, place, split, digest, len(encoded), metadata))
 
 
 def chunks(text: str, size: int) -> Iterator[str]:

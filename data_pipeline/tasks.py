@@ -8,27 +8,26 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spikescale.data_pipeline.batch import Batch
 from spikescale.data_pipeline.clean.record import Record, record_path
 from spikescale.data_pipeline.clean.unknown import UnknownLimit
 from spikescale.data_pipeline.clean.work import CleanedPartition
 from spikescale.data_pipeline.quarantine import Quarantine, SoundPartition, quarantine_intact
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
-from spikescale.data_pipeline.split import SPLITS, Placed, SplitSettings, placed_documents
+from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
 from spikescale.data_pipeline.stages import stage
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
 from spikescale.data_pipeline.tokenizers.huggingface import HuggingFaceTokenizer
 from spikescale.data_pipeline.tokenizers.syllable import count_syllables
 from spikescale.files import room_needed
-
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 1024
 
 Report = Callable[[int, int, int], None]  # documents, tokens and text bytes since the last call
 
@@ -219,60 +218,38 @@ class ShardTask:
         documents = placed_documents(partition, self.settings, self.limit)
         while True:
             with stage("reading"):
-                batch = _next_batch(documents)
-            _write_batch(tokenizer, writers, batch, report, record, unknown)
+                batch = Batch.following(documents)
             if not batch:
                 return
-
-
-def _next_batch(documents: Iterator[Placed]) -> list[Placed]:
-    batch: list[Placed] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            break
-    return batch
+            _write_batch(tokenizer, writers, batch, report, record, unknown)
 
 
 def _write_batch(
     tokenizer: Tokenizer,
     writers: dict[str, ShardWriter],
-    batch: list[Placed],
+    batch: Batch,
     report: Report,
     record: Record | None,
     unknown: UnknownLimit | None,
 ) -> None:
     with stage("tokenising"):
-        encoded = tokenizer.encode_arrays([document.text for document in batch])
+        encoded = tokenizer.encode_arrays(batch.texts)
     if unknown is not None and record is not None:
-        known = [
-            not unknown.drops(ids, document, record) for document, ids in zip(batch, encoded, strict=True)
-        ]
-        batch = [document for document, keep in zip(batch, known, strict=True) if keep]
-        encoded = [ids for ids, keep in zip(encoded, known, strict=True) if keep]
+        found = zip(encoded, batch.texts, batch.places, strict=True)
+        known = [not unknown.drops(ids, text, place, record) for ids, text, place in found]
+        batch, encoded = batch.only(known), list(compress(encoded, known))
     if isinstance(tokenizer, ConditionedTokenizer):
         encoded = [
-            np.concatenate([np.array(tokenizer.prefix(document.metadata, document.digest), np.int64), ids])
-            for document, ids in zip(batch, encoded, strict=True)
+            np.concatenate([np.array(tokenizer.prefix(metadata, digest), np.int64), ids])
+            for metadata, digest, ids in zip(batch.metadata, batch.digests, encoded, strict=True)
         ]
     with stage("writing"):
-        for split, writer in writers.items():
-            mine = [number for number, document in enumerate(batch) if document.split == split]
-            if mine:
-                documents = [batch[number] for number in mine]
-                writer.add_all(
-                    [encoded[number] for number in mine],
-                    sum([document.size_bytes for document in documents]),
-                    sum([len(document.text) for document in documents]),
-                    [document.place for document in documents],
-                )
+        for split, part, ids in batch.by_split(encoded):
+            writers[split].add_all(ids, sum(part.sizes), sum(map(len, part.texts)), part.places)
         if record is not None:
-            for document in batch:
-                record.written(len(document.text))
-    tokens = sum(map(len, encoded)) + len(encoded)
-    report(len(batch), tokens, sum([document.size_bytes for document in batch]))
+            for text in batch.texts:
+                record.written(len(text))
+    report(len(batch), sum(map(len, encoded)) + len(encoded), sum(batch.sizes))
 
 
 _loaded: dict[tuple[str, bool], Any] = {}

@@ -7,7 +7,6 @@ import numpy as np
 
 from spikescale.data_pipeline.clean.record import Record
 from spikescale.data_pipeline.clean.settings import CleanSettings
-from spikescale.data_pipeline.split import Placed
 from spikescale.data_pipeline.tokenizers import Tokenizer
 from spikescale.errors import UserError
 
@@ -32,11 +31,11 @@ class UnknownLimit:
             )
         return cls(int(unknown_id), settings.max_unknown_share)
 
-    def drops(self, ids: np.ndarray, document: Placed, record: Record) -> bool:
+    def drops(self, ids: np.ndarray, text: str, place: str, record: Record) -> bool:
         """Whether the document with these ids is dropped; either way it is counted."""
-        size = len(document.text)
+        size = len(text)
         if len(ids) and float((np.asarray(ids) == self.unknown_id).mean()) > self.share:
-            record.dropped("unknown", "unknown.share", document.text, document.place)
+            record.dropped("unknown", "unknown.share", text, place)
             return True
         record.passed("unknown", size, size)
         return False

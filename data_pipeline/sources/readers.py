@@ -49,6 +49,7 @@ FORMATS = {
 }
 
 _decode_json = json.JSONDecoder().decode  # what json.loads does, without looking at its options each time
+_new = tuple.__new__
 _ERRORS = {"refuse": "strict", "replace": "replace"}
 
 
@@ -179,25 +180,25 @@ def read_jsonl(
             continue
         # For speed alone: orjson takes less than json, and of what it takes it makes the same. A line that is
         # not simply an object with a text goes the other way.
-        texts = _plain_texts(group.lines, options.text_key)
+        texts, first = _plain_texts(group.lines, options.text_key), group.ordinal + 1
         rest = [] if None not in texts else list(group.each())
         for position, text in enumerate(texts):
             if text is not None:
-                yield Document(text, f"{before}{group.ordinal + position + 1}{after}")
+                # As Document(...), whose constructor in Python takes as long as reading a short line.
+                yield _new(Document, (text, f"{before}{first + position}{after}", (), ""))
             else:
                 single = LineGroup(rest[position].ordinal, [rest[position].content], rest[position].offset)
                 yield from _json_documents(path, options, start, _decoded(single, options))
 
 
 def _plain_texts(lines: list[bytes], key: str) -> list[str | None]:
-    texts: list[str | None] = []
-    for line in lines:
-        try:
-            text = orjson.loads(line)[key]
-        except (orjson.JSONDecodeError, TypeError, KeyError):
-            text = None
-        texts.append(text if type(text) is str else None)
-    return texts
+    """The text of each line; None where a line is not simply an object that has one."""
+    try:
+        texts = [orjson.loads(line)[key] for line in lines]
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        # Which of them it is: alone, each is told apart from the others.
+        return [None] if len(lines) == 1 else [text for line in lines for text in _plain_texts([line], key)]
+    return texts if set(map(type, texts)) <= {str} else [t if type(t) is str else None for t in texts]
 
 
 def _json_documents(
