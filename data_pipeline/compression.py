@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spikescale.data_pipeline.placed import placed_documents
 from spikescale.data_pipeline.sources import Source
-from spikescale.data_pipeline.split import SplitSettings, placed_documents
+from spikescale.data_pipeline.split import SplitSettings
 from spikescale.data_pipeline.tasks import HashSample, SurveyTask
 from spikescale.data_pipeline.tokenizers import Tokenizer, TokenizerSpec, make_tokenizer, parse_spec
 from spikescale.errors import UserError

@@ -38,13 +38,14 @@ from spikescale.data_pipeline.manifest import (
     request_digest,
     write_manifest,
 )
+from spikescale.data_pipeline.placed import placed_documents
 from spikescale.data_pipeline.pools import Pool, SerialPool, ray_pool
 from spikescale.data_pipeline.position import split_by_position
 from spikescale.data_pipeline.progress import Progress
 from spikescale.data_pipeline.quarantine import PATTERN, SUMMARY, SoundPartition, summarise
 from spikescale.data_pipeline.shards import ShardInfo, dtype_for
 from spikescale.data_pipeline.sources import Partition, Source
-from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
+from spikescale.data_pipeline.split import SPLITS, SplitSettings
 from spikescale.data_pipeline.tasks import HashSample, ShardTask, Survey, SurveyTask
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, parse_spec
 from spikescale.data_pipeline.tokenizers.base import DESCRIPTION

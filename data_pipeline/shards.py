@@ -4,6 +4,7 @@
 `.idx` the documents' lengths; `.json` the counts and checksums. A shard exists when its sidecar does.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -111,6 +112,7 @@ class ShardWriter:
         self._eos = eos_id
         self._dtype = dtype_for(vocab_size)
         self._temporaries = (temporary_path(self.path), temporary_path(self.path.with_suffix(".idx")))
+        self._digest = hashlib.sha256()  # of what was written, which reading is held to
         self._builder: Any = None
 
     def add(self, ids: np.ndarray, size_bytes: int, characters: int, place: str) -> None:
@@ -140,6 +142,7 @@ class ShardWriter:
             self._builder = _indexed_dataset_builder(self._temporaries[0], self._dtype)
         builder = self._builder
         builder.data_file.write(ids.data)
+        self._digest.update(ids.data)
         first = len(builder.sequence_lengths)
         builder.sequence_lengths.extend([len(document) + 1 for document in documents])
         builder.document_indices.extend(range(first + 1, first + len(documents) + 1))
@@ -163,9 +166,9 @@ class ShardWriter:
         sums = ["", ""]
         if self._builder is not None:
             self._builder.finalize(str(self._temporaries[1]))
-            for position, temporary in enumerate(self._temporaries):
+            sums = [self._digest.hexdigest(), sha256_file(self._temporaries[1])]
+            for temporary in self._temporaries:
                 fsync_file(temporary)
-                sums[position] = sha256_file(temporary)
             for temporary, path in zip(
                 self._temporaries, (self.path, self.path.with_suffix(".idx")), strict=True
             ):

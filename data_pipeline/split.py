@@ -1,13 +1,10 @@
 """Which split a document belongs to, and cutting long documents before that is decided."""
 
 import functools
-import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from spikescale.data_pipeline.sources import Partition
 from spikescale.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -62,15 +59,16 @@ class SplitSettings:
 
 def split_of(digest: bytes, settings: SplitSettings) -> str:
     """The split of a document with this SHA-256: a pure function, so exact duplicates stay together."""
-    return _side(digest, *_bounds(settings.test_fraction, settings.valid_fraction))
+    return side(digest, *bounds(settings))
 
 
-def _side(digest: bytes, test: bytes, valid: bytes) -> str:
+def side(digest: bytes, test: bytes, valid: bytes) -> str:
+    """As `split_of`, with the `bounds` of the settings."""
     return "train" if digest >= valid else "valid" if digest >= test else "test"
 
 
 @functools.lru_cache
-def _bounds(test_fraction: float, valid_fraction: float) -> tuple[bytes, bytes]:
+def bounds(settings: SplitSettings) -> tuple[bytes, bytes]:
     """Where validation and where training begin among digests, whose first 8 bytes are a number in [0, 1)."""
 
     def first_at_least(fraction: float) -> bytes:
@@ -80,49 +78,8 @@ def _bounds(test_fraction: float, valid_fraction: float) -> tuple[bytes, bytes]:
             low, high = (low, middle) if middle / 2**64 >= fraction else (middle + 1, high)
         return low.to_bytes(8, "big")
 
-    return first_at_least(test_fraction), first_at_least(test_fraction + valid_fraction)
-
-
-class Placed(NamedTuple):
-    """A document that knows its split, and the SHA-256 and length of its UTF-8 encoding.
-
-    `metadata` is the document's, see `sources.base.Document`.
-    """
-
-    text: str
-    place: str
-    split: str
-    digest: bytes
-    size_bytes: int
-    metadata: tuple[tuple[str, str], ...] = ()
-
-
-_new = tuple.__new__
-
-
-def placed_documents(
-    partition: Partition, settings: SplitSettings, limit: int | None = None
-) -> Iterator[Placed]:
-    """The first `limit` documents of a partition, each with its split. Empty documents are left out.
-
-    Raises UserError for text that cannot be encoded (a lone surrogate, which JSON escapes allow).
-    """
-    documents = itertools.islice(partition.documents(), limit)
-    whole, given = settings.unit == "document", partition.split
-    bounds, sha256 = _bounds(settings.test_fraction, settings.valid_fraction), hashlib.sha256
-    for document, place, metadata, _ in documents:
-        for text in (document,) if whole else chunks(document, settings.chunk_characters):
-            if not text:
-                continue
-            try:
-                encoded = text.encode()
-            except UnicodeEncodeError as error:
-                code = ord(text[error.start])
-                raise UserError(f"{place}: not valid Unicode (lone surrogate U+{code:04X})") from None
-            digest = sha256(encoded).digest()
-            split = given or _side(digest, *bounds)
-            # As Placed(...), whose own constructor in Python takes longer than hashing a short document.
-            yield _new(Placed, (text, place, split, digest, len(encoded), metadata))
+    test = settings.test_fraction
+    return first_at_least(test), first_at_least(test + settings.valid_fraction)
 
 
 def chunks(text: str, size: int) -> Iterator[str]:

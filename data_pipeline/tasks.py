@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from spikescale.data_pipeline.batch import Batch
 from spikescale.data_pipeline.clean.record import Record, record_path
 from spikescale.data_pipeline.clean.unknown import UnknownLimit
 from spikescale.data_pipeline.clean.work import CleanedPartition
+from spikescale.data_pipeline.placed import Batch, placed_batches, placed_documents
 from spikescale.data_pipeline.quarantine import Quarantine, SoundPartition, quarantine_intact
 from spikescale.data_pipeline.shards import ShardInfo, ShardWriter, finished_shard
 from spikescale.data_pipeline.sources import Partition
-from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
+from spikescale.data_pipeline.split import SPLITS, SplitSettings
 from spikescale.data_pipeline.stages import stage
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from spikescale.data_pipeline.tokenizers.conditioned import ConditionedTokenizer
@@ -215,11 +215,11 @@ class ShardTask:
         record: Record | None = None,
         unknown: UnknownLimit | None = None,
     ) -> None:
-        documents = placed_documents(partition, self.settings, self.limit)
+        batches = placed_batches(partition, self.settings, self.limit)
         while True:
             with stage("reading"):
-                batch = Batch.following(documents)
-            if not batch:
+                batch = next(batches, None)
+            if batch is None:
                 return
             _write_batch(tokenizer, writers, batch, report, record, unknown)
 

@@ -20,13 +20,14 @@ from spikescale.data_pipeline.clean.duplicates import KEPT, RULES, document_key,
 from spikescale.data_pipeline.clean.record import FOLDER, Record, read_record, record_path
 from spikescale.data_pipeline.clean.settings import CleanSettings
 from spikescale.data_pipeline.clean.stages import Stage, make_stages
+from spikescale.data_pipeline.placed import placed_documents
 from spikescale.data_pipeline.pools import Listener, Pool
 from spikescale.data_pipeline.quarantine import FACT as QUARANTINE
 from spikescale.data_pipeline.quarantine import Quarantine, bad_records_intact, quarantine_intact
 from spikescale.data_pipeline.shards import finished_shard
 from spikescale.data_pipeline.sources import Document, Partition
 from spikescale.data_pipeline.sources.base import WrappedPartition
-from spikescale.data_pipeline.split import SPLITS, SplitSettings, placed_documents
+from spikescale.data_pipeline.split import SPLITS, SplitSettings
 from spikescale.errors import UserError
 from spikescale.files import (
     fsync_file,

@@ -67,9 +67,9 @@ def test_a_driver_killed_twice_leaves_what_a_third_run_completes(
     script = (
         "import sys, time; from pathlib import Path\n"
         "from tests_faults import settings, source_of\n"
-        "from spikescale.data_pipeline import batch, tasks\n"
+        "from spikescale.data_pipeline import placed, tasks\n"
         "from spikescale.data_pipeline.prepare import prepare\n"
-        "batch.BATCH_DOCUMENTS = 5\n"
+        "placed.BATCH_DOCUMENTS = 5\n"
         "write = tasks._write_batch\n"
         "tasks._write_batch = lambda *a: (write(*a), time.sleep(0.05))\n"
         "prepare(source_of(Path(sys.argv[1])), Path(sys.argv[2]), settings(ray=False))\n"

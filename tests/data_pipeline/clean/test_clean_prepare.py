@@ -341,11 +341,11 @@ def test_a_killed_cleaning_run_again_gives_the_same_bytes(
     output = tmp_path / "out"
     script = (
         "import time; from pathlib import Path\n"
-        "from spikescale.data_pipeline import batch, tasks\n"
+        "from spikescale.data_pipeline import placed, tasks\n"
         "from spikescale.data_pipeline.clean import CleanSettings, work\n"
         "from spikescale.data_pipeline.prepare import PrepareSettings, prepare\n"
         "from spikescale.data_pipeline.sources import open_source\n"
-        "batch.BATCH_DOCUMENTS = 5\n"
+        "placed.BATCH_DOCUMENTS = 5\n"
         "write, clean = tasks._write_batch, work._Cleaned._clean\n"
         "tasks._write_batch = lambda *a: (write(*a), time.sleep(0.05))\n"
         "work._Cleaned._clean = lambda *a: (time.sleep(0.005), clean(*a))[1]\n"
