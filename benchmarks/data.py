@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="of the first table")
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), metavar="NAME|PATH", help="of text")
     parser.add_argument(
-        "--copies", type=positive, default=4, metavar="N", help="of the text in the larger corpus, from 2 on"
+        "--copies", type=positive, default=12, metavar="N", help="of the text in the larger corpus, from 2 on"
     )
     parser.add_argument("--tokenizer", default="gpt2", metavar="SPEC", help="as for `data prepare`")
     parser.add_argument("--steps", type=positive, default=300, help="batches read at each point")

@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from spikescale.data_pipeline.shards import dtype_for
 from spikescale.data_pipeline.tokenizers import Tokenizer, load_tokenizer
@@ -18,11 +20,22 @@ BATCH = 1000  # documents
 
 def plain_loop(texts: Path, tokenizer_folder: Path, output: Path) -> int:
     """Read, tokenise, append to one file, in one loop: the limit. Tokens written."""
+    with texts.open(encoding="utf-8") as lines:
+        return _loop(lines, json.loads, tokenizer_folder, output)
+
+
+def plain_loop_orjson(texts: Path, tokenizer_folder: Path, output: Path) -> int:
+    """The same with a faster reader of JSON, on undecoded lines. Tokens written."""
+    with texts.open("rb") as lines:
+        return _loop(lines, orjson.loads, tokenizer_folder, output)
+
+
+def _loop(lines: Any, read: Callable[[Any], Any], tokenizer_folder: Path, output: Path) -> int:
     tokenizer, tokens = _tokenizer(tokenizer_folder), 0
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eos_id], dtype=dtype)
-    with texts.open(encoding="utf-8") as lines, (output / "tokens.bin").open("wb") as file:
-        for batch in _batches(lines):
+    with (output / "tokens.bin").open("wb") as file:
+        for batch in _batches(lines, read):
             for ids in tokenizer.encode_arrays(batch):
                 file.write(ids.astype(dtype).tobytes())
                 file.write(end.tobytes())
@@ -96,6 +109,7 @@ def megatron_style(texts: Path, tokenizer_folder: Path, output: Path) -> int:
 
 PEERS = {
     "plain loop (the limit)": plain_loop,
+    "plain loop, orjson": plain_loop_orjson,
     "datasets.map, 2 processes": datasets_map,
     "Ray Data, 2 workers": ray_data,
     "Megatron style, 2 processes": megatron_style,
@@ -132,10 +146,10 @@ def _ended(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     return np.append(ids, tokenizer.eos_id).astype(np.int32)
 
 
-def _batches(lines: Any) -> Any:
+def _batches(lines: Any, read: Callable[[Any], Any]) -> Any:
     batch: list[str] = []
     for line in lines:
-        batch.append(json.loads(line)["text"])
+        batch.append(read(line)["text"])
         if len(batch) == BATCH:
             yield batch
             batch = []

@@ -63,6 +63,7 @@ DECISIVE = (
     *("steps", "batch_size", "optimizer", "weight_decay", "lr", "min_lr", "warmup_steps"),
     *("schedule", "decay_fraction", "seed"),
 )
+NAME_HEIGHT = 0.022  # of a name in the picture, in bits a byte
 TEACHER = "{teacher}"  # the run `rwkv` with the same seed
 
 
@@ -87,6 +88,18 @@ ATTEMPTS: dict[str, dict[str, object]] = {
     "learnt threshold": driven(learn_threshold=YES),
     "signed, distilled": {**driven(**BALANCED, signed=YES), "train.distill_from": TEACHER},
     "signed, learnt": driven(**BALANCED, signed=YES, learn_tau=YES, learn_threshold=YES),
+    "signed, 2 bits, tau 1, learnt threshold": driven(
+        **BALANCED, signed=YES, bits=2, tau=1.0, learn_threshold=YES
+    ),
+    "signed, tau 1, distilled": {**driven(**BALANCED, signed=YES, tau=1.0), "train.distill_from": TEACHER},
+    "signed, 2 bits, tau 1, distilled": {
+        **driven(**BALANCED, signed=YES, bits=2, tau=1.0),
+        "train.distill_from": TEACHER,
+    },
+    "signed, 4 bits, tau 1, distilled": {
+        **driven(v_threshold=0.2, normalise_current=YES, signed=YES, bits=4, tau=1.0),
+        "train.distill_from": TEACHER,
+    },
     "2 bits": driven(**BALANCED, bits=2),
     "learnt tau": driven(learn_tau=YES),
     "signed, 4 bits, tau 1": driven(v_threshold=0.2, normalise_current=YES, signed=YES, bits=4, tau=1.0),
@@ -122,8 +135,9 @@ def train(arguments: argparse.Namespace) -> int:
     failed, longest = [], 0.0
     while waiting:
         with locked(arguments.lock):
-            held = time.monotonic()
-            while waiting and (not longest or time.monotonic() - held + longest < arguments.hold):
+            held, first = time.monotonic(), True  # one at least, however long they take
+            while waiting and (first or time.monotonic() - held + longest < arguments.hold):
+                first = False
                 seed, name = waiting.pop(0)
                 began = time.monotonic()
                 if not train_one(arguments, name, seed):
@@ -299,17 +313,26 @@ def draw(attempts: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    for name, found in attempts.items():
+    above = math.inf  # where the name of the attempt before is: the next one goes below it
+    for name, found in sorted(
+        attempts.items(), key=lambda item: -statistics.mean(means(item[1], "bits_per_byte"))
+    ):
         energy = statistics.mean(means(found, "microjoules"))
         bits = means(found, "bits_per_byte")
+        above = min(statistics.mean(bits), above - NAME_HEIGHT)
         attempt = found["settings"].get("model.variant") == "spikegpt-driven"
         colour = "#4878a8" if attempt else "#c44e52"
         panel.plot([energy] * len(bits), bits, "o-", color=colour, markersize=5)
         panel.annotate(
-            name, (energy, statistics.mean(bits)), xytext=(6, 2), textcoords="offset points", fontsize=8
+            name,
+            (energy, statistics.mean(bits)),
+            xytext=(1.06 * energy, above),
+            fontsize=8,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey"},
         )
     energies = [statistics.mean(means(found, "microjoules")) for found in attempts.values()]
     ticks = [value for value in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10) if value < 2 * max(energies)]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spikescale.data_pipeline.shards import INDEX_HEADER_BYTES, ShardInfo
+from spikescale.data_pipeline.index import HEADER
+from spikescale.data_pipeline.shards import ShardInfo
 from spikescale.data_pipeline.split import SPLITS
 from spikescale.data_pipeline.tokenizers import Tokenizer, stored_fingerprint
 from spikescale.errors import UserError
@@ -276,7 +277,7 @@ def request_digest(request: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(shard: ShardInfo, dtype: np.dtype) -> None:
-    index_bytes = INDEX_HEADER_BYTES + 12 * shard.documents + 8 * (shard.documents + 1)
+    index_bytes = HEADER.size + 12 * shard.documents + 8 * (shard.documents + 1)
     for path, expected in ((shard.path, shard.tokens * dtype.itemsize), (shard.index_path, index_bytes)):
         if not path.exists():
             raise UserError(f"{path}: the shard's file is missing")

@@ -4,19 +4,18 @@
 `.idx` the documents' lengths; `.json` the counts and checksums. A shard exists when its sidecar does.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from spikescale.data_pipeline.index import read_index, write_index
 from spikescale.errors import UserError
 from spikescale.files import fsync_file, fsync_folder, read_json, sha256_file, temporary_path, write_json
-
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype code 1, sequence count 8, document count 8
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ class ShardWriter:
         self._dtype = dtype_for(vocab_size)
         self._temporaries = (temporary_path(self.path), temporary_path(self.path.with_suffix(".idx")))
         self._digest = hashlib.sha256()  # of what was written, which reading is held to
-        self._builder: Any = None
+        self._lengths: list[np.ndarray] = []
+        self._file: IO[bytes] | None = None
 
     def add(self, ids: np.ndarray, size_bytes: int, characters: int, place: str) -> None:
         """Append a document: its ids without the end-of-document id, and the size of its text."""
@@ -138,14 +138,11 @@ class ShardWriter:
         ids = wide.astype(self._dtype, copy=False)
         if low < 0 or high >= limit or int(np.count_nonzero(ids == self._eos)) != len(documents):
             self._complain(documents, places)
-        if self._builder is None:
-            self._builder = _indexed_dataset_builder(self._temporaries[0], self._dtype)
-        builder = self._builder
-        builder.data_file.write(ids.data)
+        if self._file is None:
+            self._file = self._temporaries[0].open("wb")
+        self._file.write(ids.data)
         self._digest.update(ids.data)
-        first = len(builder.sequence_lengths)
-        builder.sequence_lengths.extend([len(document) + 1 for document in documents])
-        builder.document_indices.extend(range(first + 1, first + len(documents) + 1))
+        self._lengths.append(np.array([len(document) for document in documents], dtype=np.int64) + 1)
         self.max_id = max(self.max_id, high)
         self.tokens += len(ids)
         self.documents += len(documents)
@@ -164,8 +161,9 @@ class ShardWriter:
     def finish(self, **facts: Any) -> ShardInfo:
         """Complete the files, rename them into place, and write the sidecar, with `facts`, last."""
         sums = ["", ""]
-        if self._builder is not None:
-            self._builder.finalize(str(self._temporaries[1]))
+        if self._file is not None:
+            self._file.close()
+            write_index(self._temporaries[1], np.concatenate(self._lengths), self._dtype)
             sums = [self._digest.hexdigest(), sha256_file(self._temporaries[1])]
             for temporary in self._temporaries:
                 fsync_file(temporary)
@@ -195,18 +193,11 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove the unfinished files."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of what is still to be written, on a full disk
+                self._file.close()
         for temporary in self._temporaries:
             temporary.unlink(missing_ok=True)
-
-
-def _indexed_dataset_builder(path: Path, dtype: np.dtype) -> Any:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about optional GPU libraries that writing does not need
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    return IndexedDatasetBuilder(str(path), dtype=dtype.type)
 
 
 def finished_shard(folder: Path, split: str, number: int, facts: Mapping[str, Any]) -> ShardInfo | None:
@@ -230,21 +221,4 @@ def finished_shard(folder: Path, split: str, number: int, facts: Mapping[str, An
 
 def document_lengths(shard: ShardInfo) -> np.ndarray:
     """Tokens of each document of a shard, int64, read from its .idx. Raises UserError when damaged."""
-    if shard.tokens == 0:
-        return np.zeros(0, dtype=np.int64)
-    path = shard.index_path
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if content[:9] != INDEX_MAGIC or len(content) < INDEX_HEADER_BYTES:
-        raise UserError(f"{path}: not an index of a megatron-core IndexedDataset")
-    sequences, boundaries = np.frombuffer(content, dtype="<u8", count=2, offset=18).tolist()
-    expected = INDEX_HEADER_BYTES + 12 * sequences + 8 * boundaries
-    if len(content) != expected:
-        raise UserError(f"{path}: truncated: {len(content)} bytes, its header announces {expected}")
-    lengths = np.frombuffer(content, dtype="<i4", count=sequences, offset=INDEX_HEADER_BYTES).astype(np.int64)
-    offset = INDEX_HEADER_BYTES + 12 * sequences
-    documents = np.frombuffer(content, dtype="<i8", count=boundaries, offset=offset)
-    ends = np.concatenate([[0], np.cumsum(lengths)])[documents]
-    return np.diff(ends)
+    return read_index(shard.index_path) if shard.tokens else np.zeros(0, dtype=np.int64)

@@ -194,6 +194,10 @@ def test_documents_show_what_the_files_have():
     driven = _kept("energy")["rows"]["spikegpt-driven-seed0"]["at_prices"]
     for price, found in driven.items():
         assert _cells("energy.md", price)[-1] == f"{found['whole_ratio']:.1f}x"
+    for attempt, measured in _kept("driven_gap")["attempts"].items():
+        bits = [seed["bits_per_byte"] for seed in measured["seeds"].values()]
+        shown = f"{sum(bits) / len(bits):.3f} ({', '.join(f'{value:.3f}' for value in bits)})"
+        assert _cells("energy.md", attempt)[:2] == [str(len(bits)), shown]
     setting = _kept("width_transfer")["settings"]["two layers"]
     rates = [f"{rate:g}" for rate in setting["rates"]]
     for row in setting["rows"]:

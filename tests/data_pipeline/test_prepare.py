@@ -14,7 +14,7 @@ import pytest
 
 from spikescale.data_pipeline.manifest import Manifest, load_manifest
 from spikescale.data_pipeline.prepare import PrepareSettings, opened_job, prepare
-from spikescale.data_pipeline.shards import ShardWriter, dtype_for
+from spikescale.data_pipeline.shards import ShardWriter, document_lengths, dtype_for
 from spikescale.data_pipeline.sources import Document, Source, open_source
 from spikescale.data_pipeline.split import SplitSettings, chunks, split_of
 from spikescale.data_pipeline.stream import iterate_documents
@@ -69,6 +69,26 @@ def test_megatron_core_reads_the_shards_back(prepared: Manifest) -> None:
                 document = np.array(theirs[number])
                 assert document.dtype == np.uint16 and document[-1] == 255
                 np.testing.assert_array_equal(document, next(ours))
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, np.uint16), (1 << 17, np.int32)])
+def test_files_are_those_of_megatron_cores_own_writer(tmp_path: Path, vocab_size: int, dtype: type) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(vocab_size - 1, size=size) for size in (3, 0, 1, 700, 12)]
+    writer = ShardWriter(tmp_path, "train", 0, vocab_size, eos_id=vocab_size - 1)
+    theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for number, ids in enumerate(documents):
+        writer.add(ids, len(ids), len(ids), f"document {number}")
+        theirs.add_item(torch.from_numpy(np.append(ids, vocab_size - 1)))
+        theirs.end_document()
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    shard = writer.finish()
+    assert shard.path.read_bytes() == (tmp_path / "theirs.bin").read_bytes()
+    assert shard.index_path.read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    assert document_lengths(shard).tolist() == [4, 1, 2, 701, 13]
 
 
 def test_sidecars_hold_counts_checksums_and_the_source_partition(prepared: Manifest) -> None:
