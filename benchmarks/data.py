@@ -127,10 +127,11 @@ def preparing(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     tokens = {size: counts.pop() for size, counts in counted.items()}
     more = tokens["large"] - tokens["small"]
     rows = []
+    limits: list[float] = []  # the slopes of the first row
     for name in names:
         small, large = ([run[0] for run in runs[name, size]] for size in ("small", "large"))
-        slopes = sorted((big - little) / more for little, big in zip(small, large, strict=True))
-        slope = statistics.median(slopes)
+        slopes = [(big - little) / more for little, big in zip(small, large, strict=True)]
+        slope, limits = statistics.median(slopes), limits or slopes
         rows.append(
             {
                 "name": name,
@@ -139,14 +140,11 @@ def preparing(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 "seconds": statistics.median(run[1] for run in runs[name, "large"]),
                 "tokens_per_cpu_second": tokens["large"] / statistics.median(large),
                 "marginal_cpu_seconds_per_million": slope * 1e6,
-                "marginal_range": [slopes[0] * 1e6, slopes[-1] * 1e6],
+                "marginal_range": [min(slopes) * 1e6, max(slopes) * 1e6],
+                # Round by round: how fast the machine is changes between them more than within one.
+                "of_the_limit": statistics.median(a / b for a, b in zip(slopes, limits, strict=True)),
                 "fixed_cpu_seconds": statistics.median(small) - slope * tokens["small"],
             }
-        )
-    limit = next(row for row in rows if row["name"] == LIMIT)
-    for row in rows:
-        row["of_the_limit"] = (
-            row["marginal_cpu_seconds_per_million"] / limit["marginal_cpu_seconds_per_million"]
         )
     return rows
 
@@ -276,7 +274,7 @@ def show_reading(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = arguments(__doc__ or "", "data")
-    parser.set_defaults(repeats=3)
+    parser.set_defaults(repeats=5)
     parser.add_argument(
         "--parts", nargs="+", choices=("preparing", "reading"), default=["preparing", "reading"]
     )

@@ -80,7 +80,8 @@ def placed_batches(
 ) -> Iterator[Batch]:
     """The first `limit` documents of a partition, each with its split. Empty documents are left out.
 
-    Raises UserError for text that cannot be encoded (a lone surrogate, which JSON escapes allow).
+    Raises UserError for a document with a fault, and for text that cannot be encoded (a lone surrogate, which
+    JSON escapes allow).
     """
     documents: Iterator[Document] = itertools.islice(partition.documents(), limit)
     if settings.unit == "chunk":
@@ -99,7 +100,9 @@ def _next_batch(documents: Iterator[Document], given: str | None, settings: Spli
     batch, room = Batch(), BATCH_CHARACTERS
     texts, places, splits, digests, sizes, pairs = vars(batch).values()
     (test, valid), sha256 = bounds(settings), hashlib.sha256
-    for text, place, metadata, _ in documents:
+    for text, place, metadata, fault in documents:
+        if fault:
+            raise UserError(f"{place}: {fault}")
         if not text:
             continue
         try:

@@ -182,12 +182,13 @@ def read_jsonl(
         # not simply an object with a text goes the other way.
         texts, first = _plain_texts(group.lines, options.text_key), group.ordinal + 1
         rest = [] if None not in texts else list(group.each())
-        for position, text in enumerate(texts):
+        for number, text in enumerate(texts, first):
             if text is not None:
                 # As Document(...), whose constructor in Python takes as long as reading a short line.
-                yield _new(Document, (text, f"{before}{first + position}{after}", (), ""))
+                yield _new(Document, (text, f"{before}{number}{after}", (), ""))
             else:
-                single = LineGroup(rest[position].ordinal, [rest[position].content], rest[position].offset)
+                line = rest[number - first]
+                single = LineGroup(line.ordinal, [line.content], line.offset)
                 yield from _json_documents(path, options, start, _decoded(single, options))
 
 
