@@ -91,13 +91,12 @@ void forward(const float* x, const float* v0, const uint8_t* reset, const float*
     });
 }
 
-template <bool SOFT, bool SIGNED, int LEVELS>
+template <bool SOFT, bool SIGNED, int LEVELS, bool DETACH>
 void backward(const float* x, const float* v0, const uint8_t* reset, const float* tau, const float* threshold,
               const float* h, const float* grad_spikes, const float* grad_v, float* grad_x, float* grad_v0,
               double* sum_tau, double* sum_threshold, const Extent& e, const Options& o, int threads) {
     const float v_reset = o.v_reset, alpha = o.alpha;
     const int32_t levels = o.levels;
-    const bool detach = o.detach_reset;
     parallel_for(e.batch, threads, e.elements(), [=](int64_t b) {
         Buffer<float> part_tau(e.channels), part_threshold(e.channels), past(e.channels), now(e.channels),
             earlier(e.channels), by_membrane(e.channels), by_theta(e.channels);
@@ -138,12 +137,12 @@ void backward(const float* x, const float* v0, const uint8_t* reset, const float
                 const float slope = slopes[c], slope_threshold = slopes_threshold[c];
                 float carried, carried_threshold;
                 if (SOFT) {
-                    carried = detach ? 1.0f : 1.0f - theta * slope;
-                    carried_threshold = detach ? -s : -s - theta * slope_threshold;
+                    carried = DETACH ? 1.0f : 1.0f - theta * slope;
+                    carried_threshold = DETACH ? -s : -s - theta * slope_threshold;
                 } else {
                     const float up = surrogate(m - theta, alpha);
                     const float down = SIGNED ? surrogate(-m - theta, alpha) : 0.0f;
-                    const float kept = detach ? 0.0f : v_reset - m;
+                    const float kept = DETACH ? 0.0f : v_reset - m;
                     carried = (s == 0.0f ? 1.0f : 0.0f) + kept * (up - down);
                     carried_threshold = -kept * (up + down);
                 }
@@ -195,9 +194,13 @@ void graded_backward(const float* x, const float* v0, const uint8_t* reset, cons
                      double* sum_tau, double* sum_threshold, int64_t B, int64_t L, int64_t C, Options o,
                      int32_t threads) {
     with_kind(o, [&](auto soft, auto is_signed, auto levels) {
-        backward<decltype(soft)::value, decltype(is_signed)::value, decltype(levels)::value>(
-            x, v0, reset, tau, threshold, h, grad_spikes, grad_v, grad_x, grad_v0, sum_tau, sum_threshold, {B, L, C},
-            o, threads);
+        // With a single level known, the compiler merges loops into one that it cannot make vector code of.
+        constexpr int known = decltype(levels)::value == 1 ? 0 : decltype(levels)::value;
+        with_bool(o.detach_reset, [&](auto detach) {
+            backward<decltype(soft)::value, decltype(is_signed)::value, known, decltype(detach)::value>(
+                x, v0, reset, tau, threshold, h, grad_spikes, grad_v, grad_x, grad_v0, sum_tau, sum_threshold,
+                {B, L, C}, o, threads);
+        });
     });
 }
 }
