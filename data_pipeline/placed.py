@@ -98,26 +98,30 @@ def _cut(documents: Iterator[Document], size: int) -> Iterator[Document]:
 
 def _next_batch(documents: Iterator[Document], given: str | None, settings: SplitSettings) -> Batch:
     batch, room = Batch(), BATCH_CHARACTERS
-    texts, places, splits, digests, sizes, pairs = vars(batch).values()
-    (test, valid), sha256 = bounds(settings), hashlib.sha256
+    texts, places, pairs = batch.texts, batch.places, batch.metadata
     for text, place, metadata, fault in documents:
         if fault:
             raise UserError(f"{place}: {fault}")
         if not text:
             continue
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise UserError(f"{place}: not valid Unicode (lone surrogate U+{code:04X})") from None
-        digest = sha256(encoded).digest()
         texts.append(text)
         places.append(place)
-        splits.append(given or side(digest, test, valid))
-        digests.append(digest)
-        sizes.append(len(encoded))
         pairs.append(metadata)
         room -= len(text)
         if room <= 0 or len(texts) >= BATCH_DOCUMENTS:
             break
+    encoded = _encoded(texts, places)
+    batch.sizes = list(map(len, encoded))
+    batch.digests = [digest.digest() for digest in map(hashlib.sha256, encoded)]
+    test, valid = bounds(settings)
+    batch.splits = [given] * len(texts) if given else [side(digest, test, valid) for digest in batch.digests]
     return batch
+
+
+def _encoded(texts: Sequence[str], places: Sequence[str]) -> list[bytes]:
+    try:
+        return list(map(str.encode, texts))
+    except UnicodeEncodeError as error:
+        place = places[next(number for number, text in enumerate(texts) if text is error.object)]
+        code = ord(error.object[error.start])
+        raise UserError(f"{place}: not valid Unicode (lone surrogate U+{code:04X})") from None
