@@ -80,8 +80,7 @@ def placed_batches(
 ) -> Iterator[Batch]:
     """The first `limit` documents of a partition, each with its split. Empty documents are left out.
 
-    Raises UserError for a document with a fault, and for text that cannot be encoded (a lone surrogate, which
-    JSON escapes allow).
+    Raises UserError for text that cannot be encoded (a lone surrogate, which JSON escapes allow).
     """
     documents: Iterator[Document] = itertools.islice(partition.documents(), limit)
     if settings.unit == "chunk":
@@ -99,9 +98,7 @@ def _cut(documents: Iterator[Document], size: int) -> Iterator[Document]:
 def _next_batch(documents: Iterator[Document], given: str | None, settings: SplitSettings) -> Batch:
     batch, room = Batch(), BATCH_CHARACTERS
     texts, places, pairs = batch.texts, batch.places, batch.metadata
-    for text, place, metadata, fault in documents:
-        if fault:
-            raise UserError(f"{place}: {fault}")
+    for text, place, metadata, _ in documents:
         if not text:
             continue
         texts.append(text)

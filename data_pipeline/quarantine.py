@@ -90,10 +90,13 @@ class Quarantine:
         self._first = ""
 
     def documents(self) -> Iterator[Document]:
-        """The good documents; the others are written down on the way. Without a share all, to be refused."""
-        return self._partition.documents() if self._max_share is None else self._sound()
-
-    def _sound(self) -> Iterator[Document]:
+        """The good documents; the others are written down on the way."""
+        if self._max_share is None:
+            for document in self._partition.documents():
+                if document.fault:
+                    raise UserError(f"{document.place}: {document.fault}")
+                yield document
+            return
         for document in self._partition.documents():
             if document.fault:
                 self._add(document)

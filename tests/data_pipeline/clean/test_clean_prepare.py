@@ -324,6 +324,25 @@ def test_what_is_known_of_a_document_goes_through_cleaning(tmp_path: Path) -> No
     assert firsts == [256 + number % 2 for number in range(20)]
 
 
+@pytest.mark.parametrize("unit", ["document", "chunk"])
+@pytest.mark.parametrize("clean", [CleanSettings(), CleanSettings(min_characters=10)])
+def test_a_bad_record_of_any_source_is_refused_and_not_lost(
+    tmp_path: Path, unit: str, clean: CleanSettings
+) -> None:
+    class Faulty(OwnPart):
+        def documents(self) -> Iterator[Document]:
+            yield Document(passage(0), "line 1")
+            yield Document("", "line 2", fault="not valid")
+
+    class Source(OwnSplits):
+        def partitions(self) -> list[OwnPart]:
+            return [Faulty(0, "train", [])]
+
+    settings = serial(clean, split=SplitSettings(unit=unit))
+    with pytest.raises(UserError, match="line 2: not valid"):
+        prepare(Source([]), tmp_path / "out", settings)  # type: ignore[arg-type]
+
+
 def test_when_nothing_is_left_the_rules_are_named(tmp_path: Path, dirty: Path) -> None:
     with pytest.raises(
         UserError, match=r"cleaning left none of 200 documents: length.min_characters dropped 200"
